@@ -1,0 +1,25 @@
+# Needs only Python 3.11 or newer, pip and make. Each target makes its environment first.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test nightly lint
+
+quickstart: $(VENV)/quickstart.installed
+	$(VENV)/bin/llava-jax quickstart --workdir $(WORKDIR)
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+nightly: $(VENV)/test.installed
+	$(VENV)/bin/python -m pytest -m nightly
+
+lint: $(VENV)/test.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+$(VENV)/%.installed: setup.cfg
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	touch $@

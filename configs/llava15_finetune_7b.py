@@ -1,0 +1,38 @@
+r"""LLaVA-1.5 stage 2: tune projector and Vicuna-7B on the 665k mix; the tower is frozen.
+
+    llava-jax train --config configs/llava15_finetune_7b.py --workdir runs/finetune_7b
+
+Numbers: scripts/v1_5/finetune.sh of the original.
+"""
+
+from llava_jax.data.conversation import V1
+from llava_jax.data.rows import Conversations
+from llava_jax.sizes import LLAVA_15_7B
+from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
+from llava_jax.train.objectives import next_token
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=LLAVA_15_7B,
+        objective=next_token,
+        init={
+            "tower": "weights/clip-vit-large-patch14-336",
+            "decoder": "weights/vicuna-7b-v1.5",
+            "projector": "runs/pretrain_7b",
+        },
+        trainable=("projector", "decoder"),
+        data=DataConfig(
+            records="data/llava_v1_5_mix665k.json",
+            image_root="data",
+            tokenizer="weights/vicuna-7b-v1.5",
+            rows=Conversations(template=V1, length=2048, tiles=3, image_mode="pad", overflow="text"),
+            batch_records=128,
+            epochs=1,
+            workers=8,
+        ),
+        optim=OptimConfig(learning_rate=2e-5),
+        stacked=True,
+        remat="everything",
+        checkpoint_every=200,
+    )

@@ -1,0 +1,35 @@
+r"""Quickstart, stage 1: train the projector alone on captions.
+
+    llava-jax train --config configs/quickstart_align.py --workdir runs/quickstart/align
+
+The decoder starts from nothing here, so there is little to align to, and the stage is short; with a language model
+that can already read (configs/llava15_pretrain_7b.py) it is the stage that makes pictures legible.
+"""
+
+from llava_jax.data.conversation import PLAIN
+from llava_jax.data.rows import Conversations
+from llava_jax.sizes import QUICKSTART_LLAVA
+from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
+from llava_jax.train.objectives import next_token
+
+RUNS = "runs/quickstart"
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=QUICKSTART_LLAVA,
+        objective=next_token,
+        init={"tower": f"{RUNS}/tower", "projector": "random", "decoder": "random"},
+        trainable=("projector",),
+        data=DataConfig(
+            records=f"{RUNS}/data/captions.json",
+            image_root=f"{RUNS}/data/pictures",
+            tokenizer=f"{RUNS}/data/tokenizer",
+            rows=Conversations(template=PLAIN, length=288, tiles=4, image_mode="square"),
+            batch_rows=8,
+            steps=60,
+        ),
+        optim=OptimConfig(learning_rate=2e-3),
+        compute_dtype="float32",
+        checkpoint_every=30,
+    )

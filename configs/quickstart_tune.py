@@ -1,0 +1,32 @@
+r"""Quickstart, stage 2: train projector and decoder on conversations; the tower stays as it is.
+
+llava-jax train --config configs/quickstart_tune.py --workdir runs/quickstart/tune
+"""
+
+from llava_jax.data.conversation import V1
+from llava_jax.data.rows import Conversations
+from llava_jax.sizes import QUICKSTART_LLAVA
+from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
+from llava_jax.train.objectives import next_token
+
+RUNS = "runs/quickstart"
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        model=QUICKSTART_LLAVA,
+        objective=next_token,
+        init={"tower": f"{RUNS}/align", "projector": f"{RUNS}/align", "decoder": f"{RUNS}/align"},
+        trainable=("projector", "decoder"),
+        data=DataConfig(
+            records=f"{RUNS}/data/conversations.json",
+            image_root=f"{RUNS}/data/pictures",
+            tokenizer=f"{RUNS}/data/tokenizer",
+            rows=Conversations(template=V1, length=512, tiles=3),
+            batch_rows=8,
+            epochs=1,
+        ),
+        optim=OptimConfig(learning_rate=3e-3),
+        compute_dtype="float32",
+        checkpoint_every=100,
+    )

@@ -1,0 +1,205 @@
+"""The command line: one function per command; heavy imports happen inside them, so that --help is quick."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from llava_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; user errors print one message, no trace."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"llava-jax: {error}", file=sys.stderr)
+        return error.exit_code
+    except ValueError as error:
+        # Configs check themselves with plain ValueErrors; anywhere else one is a defect and keeps its trace.
+        if not getattr(arguments, "config", None) or os.environ.get("LLAVA_JAX_TRACE"):
+            raise
+        print(f"llava-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llava-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-jax", description="LLaVA in pure JAX: train, generate, score.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quickstart = commands.add_parser("quickstart", help="train and evaluate a small LLaVA on real pictures")
+    quickstart.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
+    quickstart.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    quickstart.set_defaults(run=_quickstart)
+
+    train = commands.add_parser("train", help="run a config; resumes by itself")
+    train.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    train.add_argument("--workdir", required=True, metavar="DIR")
+    train.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override one field")
+    train.set_defaults(run=_train)
+
+    data = commands.add_parser("data", help="look at a config's data").add_subparsers(required=True, metavar="WHAT")
+    check = data.add_parser("check", help="read every record once and count what is refused, by reason")
+    check.add_argument("--config", required=True, metavar="FILE")
+    check.add_argument("--set", action="append", default=[], metavar="a.b=value")
+    check.set_defaults(run=_check_data)
+
+    generate = commands.add_parser("generate", help="answer one prompt")
+    _add_request(generate)
+    generate.add_argument("--prompt", required=True)
+    _add_sampling(generate)
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk about pictures; /reset forgets, /exit or end of file leaves")
+    _add_request(chat)
+    _add_sampling(chat)
+    chat.set_defaults(run=_chat)
+
+    score = commands.add_parser("score", help="log-probability of an answer")
+    _add_request(score)
+    score.add_argument("--prompt", required=True)
+    score.add_argument("--answer", required=True)
+    score.add_argument("--json", action="store_true", help="print one JSON object")
+    score.set_defaults(run=_score)
+    return parser
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder or training workdir")
+    parser.add_argument(
+        "--image", action="extend", nargs="+", default=[], metavar="FILE", help="pictures, in the order of the marks"
+    )
+    parser.add_argument("--conv", metavar="NAME", help="conversation template, or raw (default: the model's)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; default: %(default)s")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, help="0 is off; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    from llava_jax.quickstart import quickstart
+
+    quickstart(arguments.workdir, seed=arguments.seed)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from llava_jax.train.config import load_config
+    from llava_jax.train.loop import train
+
+    train(load_config(arguments.config, tuple(arguments.set)), arguments.workdir)
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    from llava_jax.data.check import check_records
+    from llava_jax.errors import DataError
+    from llava_jax.train.config import load_config
+    from llava_jax.train.loop import data_needs
+
+    config = load_config(arguments.config, tuple(arguments.set))
+    refused = check_records(config.data.records, config.data.rows, data_needs(config))
+    if refused:
+        raise DataError(f"{sum(map(len, refused.values()))} records were refused; mend or remove them.")
+
+
+def _open(arguments: argparse.Namespace):
+    from llava_jax.inference.model import load, read_images
+
+    template = None if arguments.conv in (None, "raw") else arguments.conv
+    model, processor = load(arguments.model, template=template)
+    return model, processor, read_images(arguments.image)
+
+
+def _sampling(arguments: argparse.Namespace):
+    from llava_jax.inference.generate import Sampling
+
+    return Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        stop=tuple(arguments.stop),
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from llava_jax.data.records import Turn
+    from llava_jax.inference.generate import generate, stream
+
+    sampling = _sampling(arguments)
+    model, processor, images = _open(arguments)
+    if arguments.conv == "raw":
+        prompt = processor.raw(arguments.prompt, images)
+    else:
+        prompt = processor.ask([Turn("user", arguments.prompt)], images)
+    if arguments.json:
+        (answer,) = generate(model, processor, [prompt], sampling, seeds=[arguments.seed])
+        print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+        return
+    for piece in stream(model, processor, prompt, sampling, seed=arguments.seed):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+    print()
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from llava_jax.data.records import Turn
+    from llava_jax.inference.generate import stream
+
+    if arguments.conv == "raw":
+        raise UserError("chat needs a conversation template; got --conv raw. Use generate for raw prompts.")
+    sampling = _sampling(arguments)
+    model, processor, images = _open(arguments)
+    turns: list[Turn] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            turns = []
+        elif text:
+            try:
+                prompt = processor.ask([*turns, Turn("user", text)], images)
+                for piece in stream(model, processor, prompt, sampling, seed=arguments.seed):
+                    if isinstance(piece, str):
+                        print(piece, end="", flush=True)
+                    else:
+                        turns += [Turn("user", text), Turn("assistant", piece.text)]
+                print()
+            except UserError as error:
+                # One bad question must not cost the conversation.
+                print(f"llava-jax: {error}", file=sys.stderr)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from llava_jax.data.records import Turn
+    from llava_jax.inference.score import score
+
+    model, processor, images = _open(arguments)
+    if arguments.conv == "raw":
+        prompt = processor.raw(arguments.prompt, images, answer=arguments.answer)
+    else:
+        turns = [Turn("user", arguments.prompt), Turn("assistant", arguments.answer)]
+        prompt = processor.answered(turns, images)
+    (result,) = score(model, [prompt])
+    print(json.dumps(dataclasses.asdict(result)) if arguments.json else f"{result.sum:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""`model.json`: what a model folder or workdir holds, so that nothing is guessed from its name."""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from llava_jax.data.images import ImageMode
+from llava_jax.errors import CheckpointError
+from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
+
+FILE = "model.json"
+FORMAT = 1
+_KINDS: dict[str, type] = {"llava": LlavaConfig, "clip": ClipConfig}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Shapes, and how text and pictures were prepared in training; `template` is None where none was used."""
+
+    model: ModelConfig
+    template: str | None
+    image_mode: ImageMode
+    label: str
+
+
+def write_card(folder: str | Path, card: ModelCard) -> None:
+    kind = next(name for name, cls in _KINDS.items() if isinstance(card.model, cls))
+    content = {"format": FORMAT, "kind": kind, **dataclasses.asdict(card)}
+    Path(folder, FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """The card of a folder; every field must be there and known.
+
+    Raises:
+      CheckpointError: there is no card, or it is damaged or of a newer format.
+    """
+    path = Path(folder, FILE)
+    if not path.is_file():
+        raise CheckpointError(
+            f"A model folder or workdir must hold {FILE}; {str(folder)!r} does not. Give the folder that "
+            "`llava-jax quickstart` or `train` wrote."
+        )
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}; a newer llava_jax wrote it")
+        kind = _KINDS[content.pop("kind")]
+        return _build(ModelCard, content | {"model": _build(kind, content["model"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} must describe a model: {error}. Write it again from its source.") from error
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass with exactly these fields; nested ones are built from dictionaries."""
+    hints = typing.get_type_hints(cls)
+    if set(values) != set(hints):
+        missing, unknown = sorted(set(hints) - set(values)), sorted(set(values) - set(hints))
+        raise ValueError(f"{cls.__name__} lacks {missing} and does not know {unknown}")
+    fields = {}
+    for name, value in values.items():
+        fields[name] = _build(hints[name], value) if isinstance(value, dict) else value
+        options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        plain = [option for option in options if isinstance(option, type)]
+        if plain and len(plain) == len(options) and not isinstance(fields[name], tuple(plain)):
+            raise ValueError(f"{cls.__name__}.{name} must be {hints[name]}; got {value!r}")
+    return cls(**fields)

@@ -1,0 +1,153 @@
+"""The plan of a run: which records share which row of which step, before anything is read."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from llava_jax.data.index import Index
+from llava_jax.data.rows import Size
+
+# Rows that stay open while packing; more fill rows better and cost planning time.
+OPEN_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Rows of record numbers, `rows_per_step` of them a step; a row without records is padding.
+
+    It depends on the records' sizes, the seed and the batch alone, never on hosts, workers or devices, so a
+    step's number is the whole position in the data.
+    """
+
+    records: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " r"]
+    rows_per_step: int
+    seed: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_rows // self.rows_per_step
+
+    @property
+    def most_records(self) -> int:
+        """The most records that any row holds."""
+        return int(np.diff(self.starts).max())
+
+    def row(self, number: int) -> Int[np.ndarray, " k"]:
+        """Numbers of the records in a row."""
+        return self.records[self.starts[number] : self.starts[number + 1]]
+
+    def fingerprint(self) -> str:
+        """Says whether two runs read the same records in the same rows."""
+        digest = hashlib.sha256(repr((self.rows_per_step, self.seed)).encode())
+        digest.update(np.ascontiguousarray(self.records, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.starts, np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def make_plan(
+    index: Index,
+    capacity: Size,
+    *,
+    seed: int,
+    shuffle: bool,
+    batch_rows: int | None,
+    batch_records: int | None,
+    epochs: int | None,
+    steps: int | None,
+    rows_multiple: int,
+) -> Plan:
+    """Packs epochs of the index's records into rows and rows into steps.
+
+    With `batch_rows`, each epoch is packed as a whole and every step takes that many rows. With
+    `batch_records`, every step takes that many records, as published recipes count them; the rows of a step
+    are the most that any step needs, rounded up to `rows_multiple` (the number of devices that share them
+    times the accumulation), the rest being padding; a refused record's place is taken by another, so that
+    the number of steps stays the published one.
+    """
+    if (batch_rows is None) == (batch_records is None):
+        raise ValueError(
+            "Set exactly one of data.batch_rows and data.batch_records; got "
+            f"batch_rows={batch_rows}, batch_records={batch_records}."
+        )
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"Set exactly one of data.epochs and data.steps; got epochs={epochs}, steps={steps}.")
+    if batch_rows is not None and batch_rows % rows_multiple:
+        raise ValueError(
+            f"data.batch_rows must be a multiple of {rows_multiple} (data-parallel devices times accumulation); "
+            f"got {batch_rows}."
+        )
+    orders = _orders(index, seed=seed, shuffle=shuffle, fill_refused=batch_records is not None)
+    groups: list[list[list[int]]] = []
+    epoch = 0
+    while epoch != epochs and (steps is None or len(groups) < steps):
+        order = next(orders)
+        if batch_records is not None:
+            parts = [order[i : i + batch_records] for i in range(0, len(order), batch_records)]
+            groups += [pack(part, index, capacity) for part in parts]
+        if batch_rows is not None:
+            rows = pack(order, index, capacity)
+            groups += [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+        epoch += 1
+    groups = groups[:steps]
+    most = max(len(group) for group in groups)
+    rows_per_step = batch_rows or -(-most // rows_multiple) * rows_multiple
+    rows = [row for group in groups for row in group + [[]] * (rows_per_step - len(group))]
+    return Plan(
+        records=np.array([record for row in rows for record in row], np.int64),
+        starts=np.cumsum([0, *map(len, rows)]),
+        rows_per_step=rows_per_step,
+        seed=seed,
+    )
+
+
+def pack(order: Sequence[int] | Int[np.ndarray, " n"], index: Index, capacity: Size) -> list[list[int]]:
+    """Best-fit packing: a record goes to the open row that it leaves fullest, or opens a new one.
+
+    Example, capacity 10 tokens, sizes 6, 5, 4 in this order:
+        6 -> row 0; 5 -> row 1; 4 -> row 0 (leaves 0 free there, 1 in row 1)   =>   [[0, 2], [1]]
+    """
+    rows: list[list[int]] = []
+    open_rows = np.zeros(0, np.int64)
+    free_tokens, free_tiles = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for record in map(int, order):
+        size = index.size(record)
+        left = np.where((free_tokens >= size.tokens) & (free_tiles >= size.tiles), free_tokens - size.tokens, -1)
+        fitting = np.flatnonzero(left >= 0)
+        if fitting.size:
+            best = fitting[left[fitting].argmin()]
+            rows[open_rows[best]].append(record)
+            free_tokens[best] -= size.tokens
+            free_tiles[best] -= size.tiles
+            continue
+        if len(open_rows) == OPEN_ROWS:
+            fullest = free_tokens.argmin()
+            open_rows, free_tokens, free_tiles = (
+                np.delete(array, fullest) for array in (open_rows, free_tokens, free_tiles)
+            )
+        open_rows = np.append(open_rows, len(rows))
+        free_tokens = np.append(free_tokens, capacity.tokens - size.tokens)
+        free_tiles = np.append(free_tiles, capacity.tiles - size.tiles)
+        rows.append([record])
+    return rows
+
+
+def _orders(index: Index, *, seed: int, shuffle: bool, fill_refused: bool) -> Iterator[Int[np.ndarray, " n"]]:
+    """The records of each epoch in the order in which they are packed."""
+    usable = index.usable
+    epoch = 0
+    while True:
+        rng = np.random.default_rng((seed, epoch))
+        order = usable
+        if fill_refused and len(usable) < len(index.records):
+            extra = rng.choice(usable, len(index.records) - len(usable))
+            order = np.concatenate([usable, extra])
+        yield rng.permutation(order) if shuffle else order
+        epoch += 1

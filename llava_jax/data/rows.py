@@ -1,0 +1,205 @@
+"""From records to the static arrays of one row: packed conversations, or one caption pair."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN, Template, Tokenized, tokenize
+from llava_jax.data.images import ImageMode, decode, open_image, resolve
+from llava_jax.data.records import Record
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.errors import Refused
+
+Row = dict[str, np.ndarray]
+
+
+class Size(NamedTuple):
+    """What a record takes of a row, or what a row has: token slots and tiles."""
+
+    tokens: int
+    tiles: int
+
+
+class Needs(NamedTuple):
+    """What turning records into arrays needs to know of the run."""
+
+    tokenizer: Tokenizer
+    image_root: str
+    image_size: int
+    image_slots: int
+
+
+class Example(NamedTuple):
+    """One record, ready to be laid into a row; a picture's slots in `tokens` hold `IMAGE_TOKEN`."""
+
+    tokens: Int[np.ndarray, " t"]
+    is_answer: Bool[np.ndarray, " t"]
+    images: list[UInt8[np.ndarray, "size size 3"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Rows of `length` tokens and `tiles` pictures, filled with whole conversations.
+
+    `overflow` says what happens to a conversation that is longer than a row: `refuse` it, or cut its `text`
+    (never through a picture, and never all of its answers).
+    """
+
+    template: Template
+    length: int
+    tiles: int
+    image_mode: ImageMode = "pad"
+    overflow: Literal["refuse", "text"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.length < 2 or self.tiles < 0:
+            raise ValueError(f"A row needs length >= 2 and tiles >= 0; got length={self.length}, tiles={self.tiles}.")
+
+    @property
+    def capacity(self) -> Size:
+        return Size(self.length, self.tiles)
+
+    def measure(self, record: Record, needs: Needs) -> Size:
+        """What the record takes; raises `Refused` for everything that its text and picture headers show."""
+        for name in record.images:
+            open_image(resolve(needs.image_root, name)).close()
+        return Size(len(self.tokenize(record, needs).tokens), len(record.images))
+
+    def tokenize(self, record: Record, needs: Needs) -> Tokenized:
+        """Ids and answer mask of one record, cut to the row if the overflow policy says so."""
+        if len(record.images) > self.tiles:
+            raise Refused("too many pictures", f"{len(record.images)} pictures; a row has room for {self.tiles}")
+        spans = self.template.render(record.turns)
+        tokens, is_answer = tokenize(spans, needs.tokenizer, [needs.image_slots] * len(record.images))
+        if len(tokens) > self.length:
+            if self.overflow == "refuse":
+                raise Refused("too long", f"{len(tokens)} tokens; a row has room for {self.length}")
+            if (tokens[self.length :] == IMAGE_TOKEN).any():
+                raise Refused("too long", f"cutting {len(tokens)} tokens to {self.length} would cut a picture")
+            tokens, is_answer = tokens[: self.length], is_answer[: self.length]
+        if not is_answer[1:].any():
+            raise Refused("nothing to learn", "no answer token is left to train on")
+        return Tokenized(tokens, is_answer)
+
+    def load(self, record: Record, needs: Needs, rng: np.random.Generator) -> Example:
+        """The record's tokens and decoded pictures."""
+        del rng
+        tokens, is_answer = self.tokenize(record, needs)
+        images = [
+            decode(open_image(resolve(needs.image_root, name)), size=needs.image_size, mode=self.image_mode)
+            for name in record.images
+        ]
+        return Example(tokens, is_answer, images)
+
+    def assemble(self, examples: Sequence[Example], needs: Needs) -> Row:
+        """One row from examples that fit together; segment 0 is padding.
+
+        A patch of an unused tile gets a slot of its own past the end of the row, where the scatter drops it.
+
+        Example, length=8, one record of tokens [bos, img, img, hi, yes] whose last token is an answer:
+            tokens      = [bos, 0, 0, hi, yes, 0, 0, 0]     segment_ids = [1, 1, 1, 1, 1, 0, 0, 0]
+            targets     = [0,   0, 0, yes,  0, 0, 0, 0]     is_target   = [0, 0, 0, 1, 0, 0, 0, 0]
+            positions   = [0,   1, 2,   3,  4, 0, 0, 0]     patch_slots = [[1, 2]]
+        """
+        patches = self.tiles * needs.image_slots
+        row = {
+            "tokens": np.zeros(self.length, np.int32),
+            "targets": np.zeros(self.length, np.int32),
+            "is_target": np.zeros(self.length, bool),
+            "segment_ids": np.zeros(self.length, np.int32),
+            "positions": np.zeros(self.length, np.int32),
+            "images": np.zeros((self.tiles, needs.image_size, needs.image_size, 3), np.uint8),
+            "patch_slots": np.arange(self.length, self.length + patches, dtype=np.int32).reshape(self.tiles, -1),
+        }
+        at = tile = 0
+        for segment, (tokens, is_answer, images) in enumerate(examples, start=1):
+            end = at + len(tokens)
+            is_image = tokens == IMAGE_TOKEN
+            row["tokens"][at:end] = np.where(is_image, 0, tokens)
+            row["segment_ids"][at:end] = segment
+            row["positions"][at:end] = np.arange(len(tokens))
+            row["targets"][at : end - 1] = np.where(is_answer[1:], tokens[1:], 0)
+            row["is_target"][at : end - 1] = is_answer[1:]
+            for image, slots in zip(images, np.split(at + np.flatnonzero(is_image), len(images) or 1), strict=False):
+                row["images"][tile] = image
+                row["patch_slots"][tile] = slots
+                tile += 1
+            at = end
+        return row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random flips, and shifts of at most `shift` pixels that repeat the border."""
+
+    flip: bool = False
+    shift: int = 0
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "height width 3"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        height, width, _ = image.shape
+        if self.flip:
+            image = image[:: rng.choice([1, -1]), :: rng.choice([1, -1])]
+        if self.shift:
+            down, right = rng.integers(0, 2 * self.shift + 1, size=2)
+            border = ((self.shift, self.shift), (self.shift, self.shift), (0, 0))
+            image = np.pad(image, border, mode="edge")[down : down + height, right : right + width]
+        return image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Rows of one picture and its caption between BOS and EOS, for contrastive training.
+
+    The caption is the answer of the record's single exchange; a longer one is cut to `length` as CLIP does.
+    """
+
+    length: int
+    image_mode: ImageMode = "square"
+    augment: Augment | None = None
+
+    @property
+    def capacity(self) -> Size:
+        return Size(1, 1)
+
+    def measure(self, record: Record, needs: Needs) -> Size:
+        if len(record.images) != 1 or len(record.turns) != 2:
+            raise Refused(
+                "not a caption", f"needs one picture and one exchange; got {len(record.images)}, {len(record.turns)}"
+            )
+        if record.turns[0].text.count(IMAGE_MARK) != 1:
+            raise Refused("image count", f"the question must hold one {IMAGE_MARK}; got {record.turns[0].text!r}")
+        if not record.turns[1].text.strip():
+            raise Refused("nothing to learn", "the caption is empty")
+        open_image(resolve(needs.image_root, record.images[0])).close()
+        return self.capacity
+
+    def load(self, record: Record, needs: Needs, rng: np.random.Generator) -> Example:
+        """The caption's tokens and the decoded, perhaps augmented, picture."""
+        tokenizer = needs.tokenizer
+        opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        ids = [*opening, *tokenizer.encode(record.turns[1].text).ids][: self.length - 1] + [tokenizer.eos_id]
+        image = open_image(resolve(needs.image_root, record.images[0]))
+        pixels = decode(image, size=needs.image_size, mode=self.image_mode)
+        if self.augment is not None:
+            pixels = self.augment(pixels, rng)
+        return Example(np.array(ids, np.int32), np.ones(len(ids), bool), [pixels])
+
+    def assemble(self, examples: Sequence[Example], needs: Needs) -> Row:
+        """One pair; without an example a row that is no pair, neither an example nor anybody's negative."""
+        row = {
+            "tokens": np.full(self.length, needs.tokenizer.eos_id, np.int32),
+            "images": np.zeros((needs.image_size, needs.image_size, 3), np.uint8),
+            "is_pair": np.array(bool(examples)),
+        }
+        for example in examples:
+            row["tokens"][: len(example.tokens)] = example.tokens
+            row["images"][...] = example.images[0]
+        return row
+
+
+RowFormat = Conversations | Captions

@@ -1,0 +1,313 @@
+"""Answers: one prefill, then a jitted loop over a key-value cache, many prompts of unequal length at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.errors import UserError
+from llava_jax.inference.model import Model, Processor, Prompt
+from llava_jax.models.llama import Cache, empty_cache
+from llava_jax.models.llava import Llava
+from llava_jax.models.parameters import Parameters, bind
+
+# Prompts are padded to a multiple of this, so that a few compilations serve all lengths.
+LENGTH_MULTIPLE = 64
+# Tokens between two looks at what came out: for stop strings, and for a reader of the stream.
+CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; `top_p` 1 and `top_k` 0 keep every token.
+
+    The order is that of transformers' `generate`: temperature, then top-k, then top-p.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or positive and finite; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (off) or positive; got {self.top_k}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one prompt got: `token_ids` without prompt and stop token; `prompt_tokens` counts image slots."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class Inputs(NamedTuple):
+    """Prompts of a batch, padded on the right."""
+
+    tokens: Int[Array, "b t"]
+    images: UInt8[Array, "b i size size 3"]
+    patch_slots: Int[Array, "b i p"]
+    lengths: Int[Array, " b"]
+
+
+class State(NamedTuple):
+    """Where each row of a batch stands: its newest token is sampled, but not yet in the cache."""
+
+    cache: Cache
+    token: Int[Array, " b"]
+    position: Int[Array, " b"]
+    count: Int[Array, ""]
+    is_done: Bool[Array, " b"]
+
+
+def generate(
+    model: Model, processor: Processor, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int] = ()
+) -> list[Answer]:
+    """Answers of all prompts; each is what the prompt gets alone.
+
+    `seeds` holds one integer per prompt (0 by default): a sampled answer depends on its own seed only.
+    """
+    tokens: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    for chunk in _decode(model, processor, prompts, sampling, seeds, finished, chunk=sampling.max_new_tokens):
+        for row, new in enumerate(chunk):
+            tokens[row] += new
+    return [
+        _answer(processor, prompt, ids, sampling, is_finished)
+        for prompt, ids, is_finished in zip(prompts, tokens, finished, strict=True)
+    ]
+
+
+def stream(
+    model: Model, processor: Processor, prompt: Prompt, sampling: Sampling, *, seed: int = 0
+) -> Iterator[str | Answer]:
+    """Pieces of one answer's text as they come, and last the whole `Answer`."""
+    ids: list[int] = []
+    shown = ""
+    finished = [False]
+    for chunk in _decode(model, processor, [prompt], sampling, [seed], finished, chunk=1):
+        ids += chunk[0]
+        text = _cut(processor.tokenizer.decode(ids), sampling.stop)[0]
+        # Bytes of an unfinished letter decode to a replacement mark, and a stop string may be on its way.
+        held = max((k for stop in sampling.stop for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
+        ready = text[: len(text) - held]
+        if not text.endswith("\ufffd") and ready.startswith(shown) and len(ready) > len(shown):
+            yield ready[len(shown) :]
+            shown = ready
+    answer = _answer(processor, prompt, ids, sampling, finished[0])
+    if answer.text.startswith(shown) and len(answer.text) > len(shown):
+        yield answer.text[len(shown) :]
+    yield answer
+
+
+def _decode(
+    model: Model,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    finished: list[bool],
+    *,
+    chunk: int,
+) -> Iterator[list[list[int]]]:
+    """New token ids of each row, a chunk of steps at a time; marks rows that ended by a stop in `finished`."""
+    if not prompts:
+        return
+    chunk = min(chunk, CHUNK) if sampling.stop else chunk
+    inputs = pad_prompts(prompts)
+    longest = int(inputs.lengths.max()) + sampling.max_new_tokens
+    if longest > model.config.text.max_positions:
+        raise UserError(
+            f"Prompt and answer must fit {model.config.text.max_positions} positions; the longest prompt has "
+            f"{int(inputs.lengths.max())} tokens and max_new_tokens is {sampling.max_new_tokens}. Shorten either."
+        )
+    keys = jax.vmap(jax.random.key)(jnp.array(list(seeds) or [0] * len(prompts), jnp.uint32))
+    choose = _Choice(
+        jnp.float32(sampling.temperature or 1.0), jnp.float32(sampling.top_p), jnp.int32(sampling.top_k), keys
+    )
+    stop_ids = (processor.tokenizer.eos_id,)
+    static = {"graphdef": model.graphdef, "is_greedy": sampling.temperature == 0.0, "stop_ids": stop_ids}
+    length = -(-(inputs.tokens.shape[1] + sampling.max_new_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    state = _prefill(model.params, inputs, choose, cache_length=length, **static)
+    texts: list[list[int]] = [[] for _ in prompts]
+    rows_done = np.zeros(len(prompts), bool)
+    new = np.asarray(state.token)[:, None]
+    count = 1
+    while True:
+        pieces = []
+        for row in range(len(prompts)):
+            ids = [] if rows_done[row] else _until_stop(new[row], stop_ids)
+            texts[row] += ids
+            ended = not rows_done[row] and len(ids) < new.shape[1]
+            if sampling.stop and not ended and not rows_done[row]:
+                ended = _cut(processor.tokenizer.decode(texts[row]), sampling.stop)[1]
+            finished[row] |= ended
+            rows_done[row] |= ended
+            pieces.append(ids)
+        yield pieces
+        steps = min(chunk, sampling.max_new_tokens - count)
+        if steps == 0 or rows_done.all():
+            return
+        state = state._replace(is_done=jnp.asarray(rows_done))
+        state, new = _advance(model.params, state, choose, jnp.int32(steps), max_steps=chunk, **static)
+        count += steps
+        new = np.asarray(new)[:, :steps]
+
+
+def pad_prompts(prompts: Sequence[Prompt]) -> Inputs:
+    """One batch: prompts on the left, padding after them; patches of missing pictures land past the end."""
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    tiles = max(len(prompt.images) for prompt in prompts)
+    size = prompts[0].images.shape[1:]
+    slots = max((_slots(prompt).shape[1] for prompt in prompts if len(prompt.images)), default=0)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    images = np.zeros((len(prompts), tiles, *size), np.uint8)
+    patch_slots = np.tile(length + np.arange(tiles * slots, dtype=np.int32), (len(prompts), 1))
+    patch_slots = patch_slots.reshape(len(prompts), tiles, slots)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt.tokens)] = np.where(prompt.tokens == IMAGE_TOKEN, 0, prompt.tokens)
+        if len(prompt.images):
+            images[row, : len(prompt.images)] = prompt.images
+            patch_slots[row, : len(prompt.images)] = _slots(prompt)
+    lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+    return Inputs(*map(jnp.asarray, (tokens, images, patch_slots, lengths)))
+
+
+def _slots(prompt: Prompt) -> Int[np.ndarray, "i p"]:
+    return np.flatnonzero(prompt.tokens == IMAGE_TOKEN).astype(np.int32).reshape(len(prompt.images), -1)
+
+
+class _Choice(NamedTuple):
+    """The traced side of `Sampling`."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    top_k: Int[Array, ""]
+    keys: Key[Array, " b"]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids"))
+def _prefill(
+    params: Parameters,
+    inputs: Inputs,
+    choose: _Choice,
+    *,
+    graphdef: nnx.GraphDef,
+    cache_length: int,
+    is_greedy: bool,
+    stop_ids: tuple[int, ...],
+) -> State:
+    """Fills the cache with the prompts and samples each row's first token."""
+    model = bind(graphdef, params)
+    b, t = inputs.tokens.shape
+    x = model.embed(inputs.tokens, inputs.images, inputs.patch_slots)
+    cache = empty_cache(model.config.text, batch=b, length=cache_length, dtype=x.dtype)
+    hidden, cache = model.decoder.extend(x, jnp.broadcast_to(jnp.arange(t), (b, t)), cache)
+    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
+    count = jnp.zeros((), jnp.int32)
+    token = sample(_logits(model, last), choose, count, is_greedy=is_greedy)
+    return State(cache, token, inputs.lengths, count + 1, _is_stop(token, stop_ids))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("max_steps", "graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)
+)
+def _advance(
+    params: Parameters,
+    state: State,
+    choose: _Choice,
+    steps: Int[Array, ""],
+    *,
+    max_steps: int,
+    graphdef: nnx.GraphDef,
+    is_greedy: bool,
+    stop_ids: tuple[int, ...],
+) -> tuple[State, Int[Array, "b n"]]:
+    """Up to `steps` more tokens of each row, fewer once every row has stopped."""
+    model = bind(graphdef, params)
+    new = jnp.full((len(state.token), max_steps), stop_ids[0], jnp.int32)
+
+    def goes_on(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]) -> Bool[Array, ""]:
+        n, state, _ = carry
+        return (n < steps) & ~state.is_done.all()
+
+    def body(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]):
+        n, state, new = carry
+        x = model.decoder.embed_tokens(state.token[:, None])
+        hidden, cache = model.decoder.extend(x, state.position[:, None], state.cache)
+        token = sample(_logits(model, hidden[:, 0]), choose, state.count, is_greedy=is_greedy)
+        is_done = state.is_done | _is_stop(token, stop_ids)
+        return n + 1, State(cache, token, state.position + 1, state.count + 1, is_done), new.at[:, n].set(token)
+
+    _, state, new = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state, new))
+    return state, new
+
+
+def sample(logits: Float[Array, "b v"], choose: _Choice, count: Int[Array, ""], *, is_greedy: bool) -> Int[Array, " b"]:
+    """The next token of each row; row r's draw depends on its key and `count` alone."""
+    if is_greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = restrict(logits / choose.temperature, choose.top_k, choose.top_p)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(choose.keys, count)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def restrict(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "b v"]:
+    """Logits with -inf wherever top-k, then top-p, leaves a token out.
+
+    Top-p keeps the fewest largest tokens whose probabilities add up to at least `top_p`.
+
+    Example, probabilities [0.5, 0.3, 0.2], top_p=0.6:   the first two stay.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    rank = jnp.arange(logits.shape[-1])
+    limit = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    within_k = jnp.where(rank < limit, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(within_k, axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (rank < limit) & (mass_before < top_p)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def _logits(model: Llava, hidden: Float[Array, "b d"]) -> Float[Array, "b v"]:
+    return jnp.einsum("bd,dv->bv", hidden, model.decoder.head(), preferred_element_type=jnp.float32)
+
+
+def _is_stop(token: Int[Array, " b"], stop_ids: tuple[int, ...]) -> Bool[Array, " b"]:
+    return jnp.isin(token, jnp.array(stop_ids))
+
+
+def _until_stop(ids: Int[np.ndarray, " n"], stop_ids: tuple[int, ...]) -> list[int]:
+    stops = np.flatnonzero(np.isin(ids, stop_ids))
+    return [int(i) for i in (ids[: stops[0]] if stops.size else ids)]
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there was one."""
+    found = [text.find(word) for word in stop if word in text]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def _answer(processor: Processor, prompt: Prompt, ids: list[int], sampling: Sampling, is_finished: bool) -> Answer:
+    text = _cut(processor.tokenizer.decode(ids), sampling.stop)[0].strip()
+    reason = "stop" if is_finished else "length"
+    return Answer(text=text, token_ids=ids, prompt_tokens=len(prompt.tokens), finish_reason=reason)

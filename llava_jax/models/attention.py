@@ -1,0 +1,86 @@
+"""Attention of every network here: one function, and the scope that says which keys a query sees."""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Scope(NamedTuple):
+    """Which keys each query may see; a field left None does not restrict.
+
+    A key is visible when it belongs to the query's segment, its position is not later than the query's
+    (`causal`), and it is fewer than `window` positions back. Segments and positions are kept apart
+    from any dense mask because flash kernels take them as they are.
+
+    Example, one row holding two records (segments 1 and 2) and a padding slot (segment 0), causal:
+
+        segments  = [1, 1, 1, 2, 2, 0]
+        positions = [0, 1, 2, 0, 1, 0]   ->   the query at slot 4 sees slots 3 and 4.
+    """
+
+    query_segments: Int[Array, "b t"] | None = None
+    key_segments: Int[Array, "b s"] | None = None
+    query_positions: Int[Array, "b t"] | None = None
+    key_positions: Int[Array, "b s"] | None = None
+    causal: bool = False
+    window: int | None = None
+
+    def mask(self) -> Bool[Array, "b t s"] | None:
+        """The dense form: True where the query may see the key, None where everything may."""
+        mask = None
+        if self.query_segments is not None and self.key_segments is not None:
+            mask = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        if self.causal:
+            assert self.query_positions is not None, "causal needs the queries' positions"
+            assert self.key_positions is not None, "causal needs the keys' positions"
+            distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+            seen = distance >= 0
+            if self.window is not None:
+                seen &= distance < self.window
+            mask = seen if mask is None else mask & seen
+        return mask
+
+
+class Attend(Protocol):
+    """An implementation of grouped-query attention; all of them pass the same leakage test."""
+
+    def __call__(
+        self,
+        q: Float[Array, "b t n h"],
+        k: Float[Array, "b s k h"],
+        v: Float[Array, "b s k h"],
+        scope: Scope,
+    ) -> Float[Array, "b t n h"]: ...
+
+
+class Constrain(Protocol):
+    """Pins the layout of an activation on the mesh; the identity where there is none."""
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]: ...
+
+
+def unconstrained(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    return x
+
+
+def attend_xla(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    scope: Scope,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention in plain XLA, for any device.
+
+    The softmax runs in float32 whatever the inputs are, as in `eager_attention_forward` of transformers.
+    """
+    b, t, n, h = q.shape
+    num_kv_heads = k.shape[2]
+    q_btkgh = q.reshape(b, t, num_kv_heads, n // num_kv_heads, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32) * h**-0.5
+    mask = scope.mask()
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)

@@ -1,0 +1,61 @@
+"""From a shape to a network: its structure, and the values that training from nothing starts from."""
+
+import zlib
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llava_jax.models.clip import Clip
+from llava_jax.models.llava import Llava
+from llava_jax.models.parameters import Parameters, part, skeleton
+from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
+
+
+def structure(
+    config: ModelConfig, *, stacked: bool = False, param_dtype: jax.typing.DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef, Parameters]:
+    """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory."""
+
+    def build() -> Llava | Clip:
+        # The values that modules make for themselves are never computed; see `initial_value`.
+        match config:
+            case LlavaConfig():
+                return Llava(config, stacked=stacked, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+            case ClipConfig():
+                return Clip(config, stacked=stacked, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+
+    return skeleton(build)
+
+
+def random_parameters(config: ModelConfig, parts: Collection[str], *, seed: int) -> dict[str, np.ndarray]:
+    """Float32 starting values of the named parts, layers apart.
+
+    Each depends on the seed and its path alone: not on the other parts, nor on devices or hosts.
+    """
+    return {
+        name: initial_value(name, value.shape, np.random.default_rng((seed, zlib.crc32(name.encode()))))
+        for name, value in structure(config)[1].items()
+        if part(name) in parts
+    }
+
+
+def initial_value(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """What a parameter of this name starts from: the customary values of CLIP, Llama and linear layers."""
+    if name == "logit_scale":
+        # ln(1 / 0.07), the temperature that CLIP starts from (arXiv 2103.00020, section 2.5).
+        return np.full(shape, 2.6592, np.float32)
+    if name.endswith(".scale"):
+        return np.ones(shape, np.float32)
+    if name.endswith(".bias"):
+        return np.zeros(shape, np.float32)
+    if name in ("tower.position_embedding", "tower.class_embedding"):
+        # As OpenAI's VisionTransformer does: the width to the power -1/2.
+        deviation = shape[-1] ** -0.5
+    elif name.endswith(".kernel") and name != "decoder.lm_head.kernel":
+        deviation = shape[0] ** -0.5
+    else:
+        deviation = 0.02
+    return deviation * rng.standard_normal(shape, np.float32)

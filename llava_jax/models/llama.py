@@ -1,0 +1,215 @@
+"""The Llama decoder: grouped-query attention, rotary positions, RMS norm, gated MLP, KV cache."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
+from llava_jax.models.layers import Remat, make_layers, run_layers
+from llava_jax.shapes import TextConfig
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer; slot s holds the token at position s of its row."""
+
+    k: Float[Array, "b s k h"]
+    v: Float[Array, "b s k h"]
+
+
+Cache = tuple[LayerCache, ...]
+
+
+def empty_cache(config: TextConfig, *, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """Room for `length` tokens of each row."""
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary embedding, float32: bfloat16 would round position 257 to 256."""
+
+    cos: Float[Array, "b t h"]
+    sin: Float[Array, "b t h"]
+
+
+def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float) -> Rotary:
+    """Angles of `LlamaRotaryEmbedding`: the two halves of a head turn together."""
+    inverse_frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequency
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "b t n h"], angles: Rotary) -> Float[Array, "b t n h"]:
+    """Turns each pair (i, i + h/2) of every head by its angle (`apply_rotary_pos_emb` of transformers)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`LlamaRMSNorm`: the mean square in float32, the scale applied after the cast back."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype: jax.typing.DTypeLike):
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...] * wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention, over the sequence itself or over a cache."""
+
+    def __init__(self, config: TextConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        d, h = config.embed_dim, config.head_dim
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.q_proj = linear(d, config.num_heads * h)
+        self.k_proj = linear(d, config.num_kv_heads * h)
+        self.v_proj = linear(d, config.num_kv_heads * h)
+        self.o_proj = linear(config.num_heads * h, d)
+        self.head_dim = h
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        angles: Rotary,
+        scope: Scope,
+        attend: Attend,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        b, t, _ = x.shape
+        q, k, v = (project(x).reshape(b, t, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            assert scope.query_positions is not None, "a cache is written at the queries' positions"
+            rows = jnp.arange(b)[:, None]
+            cache = LayerCache(
+                cache.k.at[rows, scope.query_positions].set(k.astype(cache.k.dtype), mode="drop"),
+                cache.v.at[rows, scope.query_positions].set(v.astype(cache.v.dtype), mode="drop"),
+            )
+            k, v = cache
+        return self.o_proj(attend(q, k, v, scope).reshape(b, t, -1)), cache
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (`LlamaMLP`)."""
+
+    def __init__(self, config: TextConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        d, f = config.embed_dim, config.hidden_dim
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = linear(d, f)
+        self.up_proj = linear(d, f)
+        self.down_proj = linear(f, d)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """One decoder layer (`LlamaDecoderLayer`)."""
+
+    def __init__(self, config: TextConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)
+        self.mlp = Mlp(config, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        angles: Rotary,
+        scope: Scope,
+        attend: Attend,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), angles, scope, attend, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Llama(nnx.Module):
+    """The decoder without its input: it takes embeddings, since a picture has no token ids."""
+
+    def __init__(self, config: TextConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.embed_dim, param_dtype=param_dtype, rngs=rngs)
+        make = functools.partial(Layer, config, param_dtype=param_dtype, rngs=rngs)
+        self.layers = make_layers(make, config.num_layers, stacked=stacked)
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                config.embed_dim, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs
+            )
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        *,
+        attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
+    ) -> Float[Array, "b t d"]:
+        """Normed hidden states of whole rows; tokens see their own segment, themselves and what came before."""
+        angles = self._angles(positions)
+        scope = self._scope(positions, positions, segment_ids)
+
+        def step(layer: Layer, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+            return constrain(layer(x, angles, scope, attend)[0])
+
+        return self.norm(run_layers(self.layers, constrain(x), step, remat=remat))
+
+    def extend(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        cache: Cache,
+        *,
+        attend: Attend = attend_xla,
+    ) -> tuple[Float[Array, "b t d"], Cache]:
+        """Hidden states of tokens that follow what the cache holds, and the cache with them written in.
+
+        A token is written at the slot of its position, so rows of unequal length need no mask: a slot
+        past a row's end is later than any of its queries until the row's own token takes it.
+        """
+        assert isinstance(self.layers, nnx.List), "decoding needs a tuple of layers; see unstack_layers"
+        b, length = x.shape[0], cache[0].k.shape[1]
+        angles = self._angles(positions)
+        scope = self._scope(positions, jnp.broadcast_to(jnp.arange(length), (b, length)), None)
+        extended = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, layer_cache = layer(x, angles, scope, attend, layer_cache)
+            extended.append(layer_cache)
+        return self.norm(x), tuple(extended)
+
+    def head(self) -> Float[Array, "d v"]:
+        """The matrix from hidden states to logits; the embedding's transpose when tied."""
+        if self.config.tie_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def _angles(self, positions: Int[Array, "b t"]) -> Rotary:
+        return rotary(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
+    def _scope(
+        self,
+        query_positions: Int[Array, "b t"],
+        key_positions: Int[Array, "b s"],
+        segment_ids: Int[Array, "b t"] | None,
+    ) -> Scope:
+        return Scope(
+            query_segments=segment_ids,
+            key_segments=segment_ids,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            causal=True,
+            window=self.config.sliding_window,
+        )

@@ -1,0 +1,75 @@
+"""Parameters as one flat dictionary, dotted path to array: what is trained, sharded, saved and converted."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+# Values are arrays: on devices, on the host (numpy), or abstract (`jax.ShapeDtypeStruct`).
+Parameters = dict[str, Any]
+
+_LAYER = re.compile(r"(?P<run>.*\blayers)\.(?P<index>\d+)\.(?P<rest>.*)")
+
+
+def parameters(model: nnx.Module) -> Parameters:
+    """Every parameter of a model by dotted path, such as `decoder.layers.0.mlp.up_proj.kernel`.
+
+    Works on abstract models (`nnx.eval_shape`) too; the values are then `jax.ShapeDtypeStruct`.
+    """
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+def skeleton(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Parameters]:
+    """The structure of a model and the abstract values of its parameters; allocates nothing."""
+    model = nnx.eval_shape(make)
+    return nnx.split(model)[0], parameters(model)
+
+
+def bind(graphdef: nnx.GraphDef, values: Mapping[str, Any]) -> Any:
+    """The model whose structure is `graphdef` and whose parameters are `values` (all of them)."""
+    return nnx.merge(graphdef, nnx.from_flat_state([(_path(name), nnx.Param(v)) for name, v in values.items()]))
+
+
+def stack_layers(values: Mapping[str, Array]) -> Parameters:
+    """Joins `layers.0.x, layers.1.x, ...` into `layers.x` with a leading layer axis, for `lax.scan`."""
+    runs: dict[str, dict[int, Array]] = {}
+    stacked: Parameters = {}
+    for name, value in values.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            stacked[name] = value
+        else:
+            runs.setdefault(f"{match['run']}.{match['rest']}", {})[int(match["index"])] = value
+    for name, by_index in runs.items():
+        stacked[name] = jnp.stack([by_index[i] for i in range(len(by_index))])
+    return stacked
+
+
+def unstack_layers(values: Mapping[str, Array]) -> Parameters:
+    """The inverse of `stack_layers`."""
+    unstacked: Parameters = {}
+    for name, value in values.items():
+        run, found, rest = name.partition(".layers.")
+        if not found or _LAYER.fullmatch(name):
+            unstacked[name] = value
+        else:
+            unstacked |= {f"{run}.layers.{i}.{rest}": layer for i, layer in enumerate(value)}
+    return unstacked
+
+
+def count(values: Mapping[str, Any]) -> int:
+    """Number of scalars, from the shapes alone."""
+    return sum(jax.numpy.size(value) if not hasattr(value, "size") else value.size for value in values.values())
+
+
+def part(name: str) -> str:
+    """The part of the model that a parameter belongs to: the first word of its path."""
+    return name.partition(".")[0]
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(word) if word.isdigit() else word for word in name.split("."))

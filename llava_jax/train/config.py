@@ -1,0 +1,183 @@
+"""A run as data: frozen dataclasses that a Python file fills in, and overrides from the command line."""
+
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_jax.data.rows import RowFormat
+from llava_jax.errors import UserError
+from llava_jax.shapes import ModelConfig
+from llava_jax.train.objectives import Objective, contrastive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is batched; exactly one of each pair `batch_*` and of `epochs`, `steps` is set.
+
+    `records`: JSON or JSONL file; `image_root`: folder that picture names are relative to; `tokenizer`: folder
+    with tokenizer.json; `max_refused`: share of records that may be unusable before the run refuses to start.
+    """
+
+    records: str
+    image_root: str
+    tokenizer: str
+    rows: RowFormat
+    batch_rows: int | None = None
+    batch_records: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    shuffle: bool = True
+    workers: int = 0
+    max_refused: float = 0.005
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warmup, cosine decay to zero, and clipping of the global norm.
+
+    The defaults are those of the original's scripts and of the transformers Trainer under them, but for
+    `clip_norm`, which its DeepSpeed configs leave out. `part_learning_rates` overrides the rate of parts of the
+    model, as `mm_projector_lr` does.
+    """
+
+    learning_rate: float
+    part_learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of one stage.
+
+    `init`: where each part of the model starts, a folder (Hugging Face, model folder or workdir) or `random`;
+    `trainable`: the parts that learn, the others get neither gradients nor moments; `stacked`: whether layers
+    are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again.
+    """
+
+    model: ModelConfig
+    objective: Objective
+    init: Mapping[str, str]
+    trainable: tuple[str, ...]
+    data: DataConfig
+    optim: OptimConfig
+    checkpoint_every: int
+    seed: int = 42
+    accumulation: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    stacked: bool = False
+    remat: Literal["nothing", "everything"] = "nothing"
+    mesh: MeshConfig = MeshConfig()
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective is contrastive and self.accumulation != 1:
+            raise ValueError(
+                "The contrastive loss needs all pairs at once; got "
+                f"accumulation={self.accumulation}. Set it to 1 and spread the batch over more devices."
+            )
+        for name in ("checkpoint_every", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not self.trainable:
+            raise ValueError("trainable must name at least one part of the model; got ().")
+
+
+def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """The config that a Python file's `get_config()` returns, with `a.b=value` overrides applied."""
+    if not Path(path).is_file():
+        raise UserError(f"--config must name a Python file; got {path!r}, which does not exist. See configs/.")
+    module = runpy.run_path(path)
+    if "get_config" not in module:
+        raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
+    config = module["get_config"]()
+    for override in overrides:
+        config = apply_override(config, override)
+    return config
+
+
+def apply_override(config: TrainConfig, override: str) -> TrainConfig:
+    """The config with one `a.b=value` applied; an unknown field is refused with the nearest known one."""
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--set takes a.b=value; got {override!r}.")
+    try:
+        return _replace(config, path.split("."), text, override)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--set {override}: {error}") from None
+
+
+def _replace(node: Any, path: list[str], text: str, override: str) -> Any:
+    name, *rest = path
+    if isinstance(node, Mapping):
+        if rest:
+            raise UserError(f"--set {override}: {name!r} is a value, not a group.")
+        sample = next(iter(node.values()), "")
+        return {**node, name: _parse(text, type(sample), override)}
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise UserError(f"--set {override}: {name!r} is looked up in {node!r}, which has no fields.")
+    names = [field.name for field in dataclasses.fields(node)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
+        raise UserError(f"Unknown field {name!r} in override {override!r}. {hint}")
+    if rest:
+        value = _replace(getattr(node, name), rest, text, override)
+    else:
+        value = _parse(text, typing.get_type_hints(type(node))[name], override)
+    return dataclasses.replace(node, **{name: value})
+
+
+def _parse(text: str, kind: Any, override: str) -> Any:
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        if option is type(None) and text.lower() == "none":
+            return None
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if typing.get_origin(option) is Literal and text in typing.get_args(option):
+            return text
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+    if str in options:
+        return text
+    simple = all(o in (int, float, bool, type(None)) or typing.get_origin(o) is Literal for o in options)
+    if simple:
+        raise UserError(f"--set {override}: expected {getattr(kind, '__name__', kind)}; got {text!r}.")
+    raise UserError(f"--set {override}: a field of type {kind} cannot be set here; edit the config file.")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config by dotted path; functions by their name."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        items = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+        header = {f"{prefix}type": type(config).__name__} if prefix else {}
+    elif isinstance(config, Mapping):
+        items, header = list(config.items()), {}
+    else:
+        return {prefix.removesuffix("."): config.__name__ if callable(config) else config}
+    leaves = header
+    for name, value in items:
+        leaves |= flatten(value, f"{prefix}{name}.")
+    return leaves

@@ -1,0 +1,105 @@
+"""What a run tells: a line per step in JSONL, curves in TensorBoard, progress on the terminal."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends each step's numbers; on resume forgets what lies past the step that was restored."""
+
+    def __init__(self, workdir: str, *, first_step: int):
+        path = Path(workdir) / METRICS_FILE
+        kept = _lines_before(path, first_step)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+        self._board = _Board(Path(workdir) / "tensorboard", first_step=first_step)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Records a step, counted from 0."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._board.write(step, {name: value for name, value in values.items() if isinstance(value, float)})
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class _Board:
+    """TensorBoard's own event writer; a restart hides the curves past the step it restarts from."""
+
+    def __init__(self, folder: Path, *, first_step: int):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        # Generated code, whose names no type checker sees.
+        self._proto: Any = event_pb2
+        self._writer = EventFileWriter(str(folder))
+        restart = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._writer.add_event(self._proto.Event(wall_time=time.time(), step=first_step, session_log=restart))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        event = self._proto.Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The steps that a workdir has recorded, in order."""
+    return [json.loads(line) for line in _lines_before(Path(workdir) / METRICS_FILE, None)]
+
+
+def _lines_before(path: Path, step: int | None) -> list[str]:
+    """Complete lines of steps before `step`; a kill may have cut the last line short."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and (step is None or json.loads(line)["step"] < step):
+            lines.append(line)
+    return lines
+
+
+class Progress:
+    """A bar with loss, tokens per second and time left on a terminal; plain lines, a few seconds apart, elsewhere."""
+
+    def __init__(self, *, first_step: int, num_steps: int, name: str, seconds_between_lines: float = 10.0):
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            initial=first_step, total=num_steps, desc=name, unit="step", disable=not self._is_terminal, file=sys.stderr
+        )
+        self._name, self._num_steps, self._first_step = name, num_steps, first_step
+        self._pause = seconds_between_lines
+        self._start = self._last_line = time.perf_counter()
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows that `step` (counted from 0) is done."""
+        if self._is_terminal:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(1)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= self._pause or step + 1 == self._num_steps:
+            self._last_line = now
+            left = (now - self._start) / (step + 1 - self._first_step) * (self._num_steps - step - 1)
+            print(
+                f"{self._name}: step {step + 1}/{self._num_steps}, loss {loss:.4f}, "
+                f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()

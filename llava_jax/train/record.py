@@ -1,0 +1,48 @@
+"""`run.json`: how a run stands, in words, for people and schedulers."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+from llava_jax.errors import Preempted, UserError
+
+FILE = "run.json"
+
+
+class RunRecord:
+    """Writes the status of a workdir: running, then done, preempted or failed, with the exit code."""
+
+    def __init__(self, workdir: str):
+        self._path = Path(workdir, FILE)
+        self.step = 0
+        self.num_steps = 0
+
+    def __enter__(self) -> "RunRecord":
+        self._write("running", None, "")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del kind, traceback
+        if error is None:
+            self._write("done", 0, "")
+        elif isinstance(error, Preempted):
+            self._write("preempted", error.exit_code, str(error))
+        else:
+            self._write("failed", error.exit_code if isinstance(error, UserError) else 70, str(error))
+
+    def _write(self, status: str, exit_code: int | None, message: str) -> None:
+        content = {
+            "status": status,
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "exit_code": exit_code,
+            "message": message,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, self._path)

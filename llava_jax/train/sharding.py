@@ -1,0 +1,118 @@
+"""Which device holds what: the mesh, one table from parameter path to axes, and the layout of activations."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from llava_jax.models.attention import Constrain
+from llava_jax.train.config import MeshConfig
+
+# A batch's rows are spread over both; parameters over `fsdp` and `tensor`.
+BATCH_AXES = ("data", "fsdp")
+
+# First column: the whole path, without a stack's or a layer's number. Every parameter matches exactly one row.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"decoder\.embed_tokens\.embedding", P("tensor", "fsdp")),
+    (r"decoder\.lm_head\.kernel", P("fsdp", "tensor")),
+    (r"decoder\.layers\.self_attn\.[qkv]_proj\.kernel", P("fsdp", "tensor")),
+    (r"decoder\.layers\.self_attn\.o_proj\.kernel", P("tensor", "fsdp")),
+    (r"decoder\.layers\.mlp\.(gate|up)_proj\.kernel", P("fsdp", "tensor")),
+    (r"decoder\.layers\.mlp\.down_proj\.kernel", P("tensor", "fsdp")),
+    (r"decoder\.(norm|layers\.\w+_layernorm)\.scale", P()),
+    (r"projector\.linear\.kernel", P("fsdp", "tensor")),
+    (r"projector\.linear\.bias", P("tensor")),
+    (r"(tower|caption)\.layers\.(self_attn\.[qkv]_proj|mlp\.fc1)\.kernel", P("fsdp", "tensor")),
+    (r"(tower|caption)\.layers\.(self_attn\.[qkv]_proj|mlp\.fc1)\.bias", P("tensor")),
+    (r"(tower|caption)\.layers\.(self_attn\.out_proj|mlp\.fc2)\.kernel", P("tensor", "fsdp")),
+    (r"(tower|caption)\.layers\.(self_attn\.out_proj|mlp\.fc2)\.bias", P()),
+    (r"(tower|caption)\.(layers\.)?\w*layer_?norm\d?\.(scale|bias)", P()),
+    (r"tower\.patch_embedding\.kernel", P(None, "fsdp")),
+    (r"(tower|caption)\.(class|position)_embedding", P()),
+    (r"caption\.token_embedding\.embedding", P("tensor", "fsdp")),
+    (r"(visual|text)_projection\.kernel", P("fsdp", "tensor")),
+    (r"logit_scale", P()),
+)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices, with the compiler choosing layouts between our constraints."""
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    num_devices = len(jax.devices())
+    taken = 1
+    for size in sizes.values():
+        taken *= max(size, 1)
+    if len(free) > 1 or num_devices % taken or (not free and taken != num_devices):
+        raise ValueError(
+            f"The mesh must use all {num_devices} devices, with at most one axis of -1; got "
+            + ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+            + "."
+        )
+    if free:
+        sizes[free[0]] = num_devices // taken
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def partition(name: str, shape: tuple[int, ...]) -> P:
+    """The axes of one parameter; a stack of layers has its layer axis in front, on no mesh axis."""
+    plain = re.sub(r"\.\d+(?=\.)", "", name)
+    specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, plain)]
+    if len(specs) != 1:
+        raise ValueError(
+            f"{len(specs)} sharding rules match {name}; exactly one must. Mend llava_jax/train/sharding.py:RULES."
+        )
+    is_stack = ".layers." in name and re.search(r"\.layers\.\d+\.", name) is None
+    return P(None, *specs[0]) if is_stack else specs[0]
+
+
+def parameter_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Shardings of parameters by path; refuses dimensions that an axis does not divide, all of them at once."""
+    specs = {name: partition(name, value.shape) for name, value in params.items()}
+    problems = [
+        f"{name} {value.shape} over {axis}={mesh.shape[axis]}"
+        for name, value in params.items()
+        for size, axis in zip(value.shape, specs[name], strict=False)
+        if axis is not None and size % mesh.shape[axis]
+    ]
+    if problems:
+        raise ValueError(
+            "Every sharded dimension must be divisible by its mesh axis; not so: "
+            + "; ".join(problems[:5])
+            + ". Choose another mesh."
+        )
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def like_parameters(tree: Any, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: what has a parameter's path lies as that parameter, scalars everywhere."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        key = str(getattr(path[-1], "key", "")) if path else ""
+        return shardings.get(key, NamedSharding(mesh, P()))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes, everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """How many equal parts the rows of a batch are cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def make_constrain(mesh: Mesh) -> Constrain:
+    """Keeps the residual stream cut by rows; without it XLA gathers activations between layers."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES, None, None))
+
+    def constrain(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return constrain

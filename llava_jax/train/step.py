@@ -1,0 +1,86 @@
+"""One optimizer step as a pure function over flat dictionaries."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from llava_jax.models.parameters import Parameters, bind
+from llava_jax.train.objectives import Context, Objective, Sums
+
+Metrics = dict[str, Array]
+Step = Callable[[Parameters, Parameters, Any, Mapping[str, Array]], tuple[Parameters, Any, Metrics]]
+
+
+def make_step(
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    context: Context,
+    accumulation: int,
+    compute_dtype: jax.typing.DTypeLike,
+) -> Step:
+    """The step `(trainable, frozen, opt_state, batch) -> (trainable, opt_state, metrics)`.
+
+    Only `trainable` is differentiated, so frozen parts get neither gradients nor moments nor saved activations.
+    Micro-batches add sums and counts; the one division comes last and is guarded, so that a batch without a
+    supervised token has zero gradient, not NaN. A step whose loss or gradient is not finite updates nothing
+    and says so in `metrics["finite"]`.
+    """
+
+    def sums_and_gradients(
+        trainable: Parameters, frozen: Parameters, batch: Mapping[str, Array]
+    ) -> tuple[Sums, Parameters]:
+        def total(trainable: Parameters) -> tuple[Array, Sums]:
+            model = bind(graphdef, cast(trainable, compute_dtype) | cast(frozen, compute_dtype))
+            sums = objective(model, batch, context)
+            return sums.loss, sums
+
+        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(trainable)
+        return sums, gradients
+
+    def step(trainable: Parameters, frozen: Parameters, opt_state: Any, batch: Mapping[str, Array]):
+        if accumulation == 1:
+            sums, gradients = sums_and_gradients(trainable, frozen, batch)
+        else:
+            sums, gradients = _accumulate(functools.partial(sums_and_gradients, trainable, frozen), batch, accumulation)
+        scale = 1.0 / jnp.maximum(sums.weight, 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
+        loss, norm = sums.loss * scale, optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, new_state = optimizer.update(gradients, opt_state, trainable)
+        new_trainable = optax.apply_updates(trainable, updates)
+        kept_trainable, kept_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new_trainable, new_state), (trainable, opt_state)
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite, "weight": sums.weight, **sums.counts}
+        return kept_trainable, kept_state, metrics
+
+    return step
+
+
+def cast(values: Parameters, dtype: jax.typing.DTypeLike) -> Parameters:
+    return {name: value.astype(dtype) for name, value in values.items()}
+
+
+def _accumulate(
+    compute: Callable[[Mapping[str, Array]], tuple[Sums, Parameters]], batch: Mapping[str, Array], accumulation: int
+) -> tuple[Sums, Parameters]:
+    """Adds up the sums and gradients of `accumulation` micro-batches, one after the other.
+
+    Micro-batch j takes rows j, j + accumulation, ...: a share of every device's rows, so that nothing moves.
+    """
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
+
+    def body(total, micro_batch):
+        return jax.tree.map(jnp.add, total, compute(micro_batch)), None
+
+    return jax.lax.scan(body, zeros, micro_batches)[0]

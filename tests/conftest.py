@@ -1,0 +1,35 @@
+"""Fixtures that the tests share; everything runs on one CPU device unless a test starts its own process."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from pathlib import Path
+
+import pytest
+
+from llava_jax.data.generated import generate_data
+from llava_jax.data.rows import Needs
+from llava_jax.data.tokenizer import Tokenizer
+from tests.tiny import LLAVA
+
+NUM_RECORDS = 60
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with records.json, pictures/ and tokenizer/."""
+    folder = tmp_path_factory.mktemp("data")
+    generate_data(folder, num_records=NUM_RECORDS, image_size=LLAVA.vision.image_size, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def needs(data: Path) -> Needs:
+    return Needs(
+        tokenizer=Tokenizer(str(data / "tokenizer")),
+        image_root=str(data / "pictures"),
+        image_size=LLAVA.vision.image_size,
+        image_slots=LLAVA.num_features,
+    )

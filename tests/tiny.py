@@ -1,0 +1,41 @@
+"""Small shapes and data that the tests share."""
+
+from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
+
+VISION = VisionConfig(
+    image_size=16,
+    patch_size=4,
+    embed_dim=32,
+    hidden_dim=48,
+    num_layers=3,
+    num_heads=4,
+    norm_eps=1e-5,
+    activation="quick_gelu",
+)
+CAPTION = CaptionConfig(
+    vocab_size=99,
+    context_length=12,
+    embed_dim=24,
+    hidden_dim=40,
+    num_layers=2,
+    num_heads=3,
+    norm_eps=1e-5,
+    activation="quick_gelu",
+    eos_id=98,
+)
+CLIP = ClipConfig(vision=VISION, caption=CAPTION, projection_dim=20)
+TEXT = TextConfig(
+    vocab_size=320,
+    num_layers=3,
+    embed_dim=32,
+    hidden_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    max_positions=512,
+    tie_embeddings=False,
+    sliding_window=None,
+)
+LLAVA = LlavaConfig(vision=VISION, text=TEXT, projector="mlp2x_gelu", select_layer=-2, select_feature="patch")
