@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 PREFIXES: tuple[tuple[str, str], ...] = (
     (r"language_model\.model\.|model\.language_model\.", "decoder."),
     (r"language_model\.lm_head\.|lm_head\.", "decoder.lm_head."),
-    (r"(model\.)?vision_tower\.(vision_tower\.)?vision_model\.|vision_model\.", "tower."),
+    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?|vision_model\.", "tower."),
     (r"(model\.)?multi_modal_projector\.linear_", "projector.linear_"),
     (r"model\.mm_projector\.", "projector."),
     (r"text_model\.", "caption."),

@@ -1,6 +1,6 @@
 """Attention of every network here: one function, and the scope that says which keys a query sees."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Scope(NamedTuple):
         return mask
 
 
+@runtime_checkable
 class Attend(Protocol):
     """An implementation of grouped-query attention; all of them pass the same leakage test."""
 
@@ -55,6 +56,7 @@ class Attend(Protocol):
     ) -> Float[Array, "b t n h"]: ...
 
 
+@runtime_checkable
 class Constrain(Protocol):
     """Pins the layout of an activation on the mesh; the identity where there is none."""
 

@@ -1,7 +1,7 @@
 """Objectives: from a model and a batch to a sum of losses and the weight to divide it by."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Sums(NamedTuple):
     counts: dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """`splits` says whether a batch may be split into micro-batches whose sums add up to the same."""
 

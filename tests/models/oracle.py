@@ -97,7 +97,7 @@ def make(cls: type, config: transformers.PreTrainedConfig, *, seed: int) -> Any:
 def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """The model's state dict in numpy; a tied head is left out, as `save_pretrained` does."""
     tensors = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    if model.config.get_text_config().tie_word_embeddings:
+    if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     return tensors
 

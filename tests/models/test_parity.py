@@ -25,7 +25,7 @@ from llava_jax.models.llama import Llama
 from llava_jax.models.parameters import bind, parameters, skeleton
 from llava_jax.models.projector import Projector
 from llava_jax.shapes import TextConfig
-from llava_jax.train.objectives import Context, contrastive, next_token
+from llava_jax.train.objectives import Context, contrastive, cross_entropy
 from tests.models import oracle
 from tests.tiny import CLIP, LLAVA, TEXT
 
@@ -152,7 +152,8 @@ def test_the_projector_is_the_originals(depth: int):
     assert set(params) == set(expected)
     features = np.random.default_rng(0).standard_normal((2, 5, 6), np.float32)
     with torch.no_grad():
-        assert oracle.error(bind(graphdef, params)(features), theirs(torch.tensor(features)).numpy()) <= VALUES
+        wanted = theirs(torch.tensor(features)).numpy()
+    assert oracle.error(bind(graphdef, params)(jnp.asarray(features)), wanted) <= VALUES
 
 
 class LlavaPair(NamedTuple):
@@ -212,9 +213,9 @@ def test_logits_loss_and_gradients_of_the_whole_llava_are_the_references(llava: 
     def run(params, batch):
         def total(params):
             model = bind(llava.graphdef, params)
-            sums = next_token(model, batch, PLAIN)
             hidden = model(*(batch[n] for n in ("tokens", "images", "patch_slots", "positions", "segment_ids")))
-            return sums.loss / sums.weight, hidden @ model.decoder.head()
+            loss, _ = cross_entropy(hidden, model.decoder.head(), batch["targets"], batch["is_target"])
+            return loss / batch["is_target"].sum(), hidden @ model.decoder.head()
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
@@ -224,7 +225,10 @@ def test_logits_loss_and_gradients_of_the_whole_llava_are_the_references(llava: 
     # Every part, the tower up to the selected layer included; what theirs leaves without a gradient has none here.
     assert {name.split(".")[0] for name in wanted} == {"tower", "projector", "decoder"}
     for name, value in found.items():
-        if name in wanted:
+        if name.endswith("k_proj.bias") and name in wanted:
+            # A shift of all scores changes nothing: the derivative is zero but for rounding, on both sides.
+            assert np.abs(value).max() <= GRADIENTS * np.abs(found[name.replace("k_proj", "q_proj")]).max()
+        elif name in wanted:
             assert oracle.error(value, wanted[name]) <= GRADIENTS, name
         else:
             assert name.startswith(("tower.layers.2.", "tower.post_layernorm."))
