@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from llava_jax.errors import UserError
@@ -19,12 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"llava-jax: {error}", file=sys.stderr)
         return error.exit_code
-    except ValueError as error:
-        # Configs check themselves with plain ValueErrors; anywhere else one is a defect and keeps its trace.
-        if not getattr(arguments, "config", None) or os.environ.get("LLAVA_JAX_TRACE"):
-            raise
-        print(f"llava-jax: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        # Configs check themselves with plain ValueErrors; anything else is a defect and keeps its trace.
+        if (
+            isinstance(error, ValueError)
+            and getattr(arguments, "config", None)
+            and not os.environ.get("LLAVA_JAX_TRACE")
+        ):
+            print(f"llava-jax: {error}", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        return 70
     except KeyboardInterrupt:
         print("llava-jax: interrupted", file=sys.stderr)
         return 130

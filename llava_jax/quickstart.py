@@ -20,6 +20,7 @@ from llava_jax.data.easy_vqa import (
     picture_folder,
     picture_name,
     questions,
+    reading_records,
 )
 from llava_jax.data.records import Turn
 from llava_jax.data.small_tokenizer import train_tokenizer
@@ -33,10 +34,12 @@ from llava_jax.train.loop import train
 from llava_jax.train.metrics import read_metrics
 
 # Times that every picture's conversation is seen, each time with its questions in another order.
-ORDERS = 3
+ORDERS = 2
 # Questions answered at a time: enough to keep two cores busy, little memory.
 EVAL_BATCH = 256
-STAGES = ("tower", "align", "tune")
+STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "conversations"}
+# Questions that the decoder learns to read on.
+NUM_READING = 38_000
 
 
 def quickstart(workdir: str, *, seed: int) -> None:
@@ -55,15 +58,15 @@ def quickstart(workdir: str, *, seed: int) -> None:
     data = root / "data"
     if not (data / "done").exists():
         _write_data(data, seed=seed)
-    for stage in STAGES:
+    for stage, records in STAGES.items():
         overrides = [
             f"seed={seed}",
             f"data.image_root={picture_folder()}",
             f"data.tokenizer={data / 'tokenizer'}",
-            f"data.records={data / ('conversations.json' if stage == 'tune' else 'captions.json')}",
+            f"data.records={data / f'{records}.json'}",
         ]
         if stage == "align":
-            overrides.append(f"init.tower={root / 'tower'}")
+            overrides += [f"init.tower={root / 'tower'}", f"init.decoder={root / 'decoder'}"]
         if stage == "tune":
             overrides += [f"init.{part}={root / 'align'}" for part in ("tower", "projector", "decoder")]
         train(load_config(str(configs / f"quickstart_{stage}.py"), tuple(overrides)), str(root / stage), name=stage)
@@ -80,8 +83,9 @@ def _write_data(data: Path, *, seed: int) -> None:
     data.mkdir(parents=True, exist_ok=True)
     captions = caption_records("train")
     conversations = conversation_records("train", orders=ORDERS, seed=seed)
-    (data / "captions.json").write_text(json.dumps(captions, indent=1))
-    (data / "conversations.json").write_text(json.dumps(conversations, indent=1))
+    texts = reading_records("train", count=NUM_READING, seed=seed)
+    for name, records in {"captions": captions, "texts": texts, "conversations": conversations}.items():
+        (data / f"{name}.json").write_text(json.dumps(records, indent=1))
     words = [" ".join(span.text for span in V1.render([Turn("user", "?"), Turn("assistant", "!")]))]
     words += [f" {turn['value']}" for record in captions + conversations for turn in record["conversations"]]
     train_tokenizer(words, data / "tokenizer", vocab_size=QUICKSTART_VOCABULARY)
@@ -118,11 +122,12 @@ def _evaluate_and_draw(root: Path) -> None:
         json.dumps({"accuracy": table, "answers": list(zip(map(list, asked), answers, strict=True))}, indent=1)
     )
     kinds = list(table["model"])
-    print(f"\n{'accuracy, %':<22}" + "".join(f"{kind:>10}" for kind in kinds))
+    print(f"\n{'accuracy, %':<22}" + "".join(f"{kind:>12}" for kind in kinds))
     for name, by_kind in table.items():
-        print(f"{name:<22}" + "".join(f"{100 * by_kind[kind]:>10.2f}" for kind in kinds))
+        print(f"{name:<22}" + "".join(f"{100 * by_kind[kind]:>12.2f}" for kind in kinds))
     counts = collections.Counter(question.kind for question in asked)
-    print(f"{'questions':<22}" + "".join(f"{counts.get(kind, len(asked)):>10}" for kind in kinds) + "\n")
+    counts |= {"all": len(asked), "not yes/no": len(asked) - counts["yes/no"]}
+    print(f"{'questions':<22}" + "".join(f"{counts[kind]:>12}" for kind in kinds) + "\n")
     draw_answers(root / "answers.png", asked, answers)
     draw_losses(root / "loss.png", {stage: read_metrics(str(root / stage)) for stage in STAGES})
     (root / "result.txt").write_text(

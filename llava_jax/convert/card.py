@@ -5,7 +5,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_jax.data.images import ImageMode
 from llava_jax.errors import CheckpointError
@@ -63,6 +63,10 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
     fields = {}
     for name, value in values.items():
         fields[name] = _build(hints[name], value) if isinstance(value, dict) else value
+        if hints[name] is float and type(value) is int:
+            fields[name] = float(value)
+        if typing.get_origin(hints[name]) is Literal and value not in typing.get_args(hints[name]):
+            raise ValueError(f"{cls.__name__}.{name} must be one of {typing.get_args(hints[name])}; got {value!r}")
         options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         plain = [option for option in options if isinstance(option, type)]
         if plain and len(plain) == len(options) and not isinstance(fields[name], tuple(plain)):

@@ -29,19 +29,28 @@ def write_model_folder(folder: str, card: ModelCard, params: Mapping[str, Any], 
     from safetensors.numpy import save_file
 
     target = Path(folder)
+    if target.exists() and not (target / WEIGHTS).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            f"Only an older model folder is replaced; {folder!r} holds no {WEIGHTS}. Name another folder."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    save_file({name: np.asarray(value) for name, value in params.items()}, new / WEIGHTS)
-    write_card(new, card)
-    copy_tokenizer(tokenizer, new / TOKENIZER)
-    provenance = {
-        "source": source,
-        "tool": f"llava_jax {metadata.version('llava_jax')}",
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sha256": {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()},
-    }
-    (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    new.chmod(0o755)
+    try:
+        # safetensors writes the buffer as it lies: a turned view would come back scrambled, without a word.
+        save_file({name: np.asarray(value, order="C") for name, value in params.items()}, new / WEIGHTS)
+        write_card(new, card)
+        copy_tokenizer(tokenizer, new / TOKENIZER)
+        provenance = {
+            "source": source,
+            "tool": f"llava_jax {metadata.version('llava_jax')}",
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "sha256": {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()},
+        }
+        (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        new.chmod(0o755)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(new, target)
@@ -70,7 +79,7 @@ def read_parameters(folder: str, parts: Collection[str] | None = None) -> Parame
     if Path(folder, WEIGHTS).is_file() and Path(folder, FILE).is_file():
         params = _read_safetensors(Path(folder, WEIGHTS))
     elif Path(folder, "checkpoints").is_dir():
-        from llava_jax.train.checkpoint import read_workdir
+        from llava_jax.convert.workdir import read_workdir
 
         params = read_workdir(folder)
     elif Path(folder, "config.json").is_file():
@@ -111,13 +120,13 @@ def _read_shards(folder: str) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{folder!r} must hold {WEIGHTS} or its index; it does not. Save it as safetensors.")
         return _read_safetensors(Path(folder, WEIGHTS))
     try:
-        where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        where = {str(tensor): Path(file) for tensor, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} must map tensors to files: {error!r}. Download it again.") from error
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(where.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"Shards must lie beside their index; {index} names {name!r}. Do not trust it.")
+        if name.name != str(name):
+            raise CheckpointError(f"Shards must lie beside their index; {index} names {str(name)!r}. Do not trust it.")
         tensors |= _read_safetensors(Path(folder, name))
     if set(tensors) != set(where):
         wrong = sorted(set(tensors) ^ set(where))

@@ -29,6 +29,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     (r"model\.mm_projector\.", "projector."),
     (r"text_model\.", "caption."),
     (r"model\.", "decoder."),
+    # A vision tower that transformers 5 saved alone.
+    (r"(?=embeddings\.(class|patch|position)_embedding|pre_layrnorm|encoder\.layers|post_layernorm)", "tower."),
     (r"(?=logit_scale|visual_projection|text_projection)", ""),
 )
 

@@ -1,5 +1,6 @@
 """The easy-vqa set (Zhou, 2019) in LLaVA's record format: pictures of one shape each, and questions about them."""
 
+import collections
 import importlib.util
 import json
 import random
@@ -22,6 +23,15 @@ class Question(NamedTuple):
     def kind(self) -> Literal["shape", "colour", "yes/no"]:
         """What is asked for, by the answer's word."""
         return "shape" if self.answer in SHAPES else "colour" if self.answer in COLOURS else "yes/no"
+
+    @property
+    def is_negated(self) -> bool:
+        return " not " in self.text or self.text.startswith("is no ")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a yes/no question's thing is in the picture."""
+        return (self.answer == "yes") != self.is_negated
 
 
 def picture_folder() -> Path:
@@ -50,8 +60,7 @@ def describe(asked: Iterable[Question]) -> tuple[str, str]:
     colour = shape = ""
     for question in asked:
         if question.kind == "yes/no":
-            denies = " not " in question.text or question.text.startswith("is no ")
-            if (question.answer == "yes") == denies:
+            if not question.is_shown:
                 continue
             words: Sequence[str] = question.text.rstrip("?").split()
         else:
@@ -69,13 +78,24 @@ def by_picture(asked: Iterable[Question]) -> dict[int, list[Question]]:
     return grouped
 
 
+def make_caption(asked: Iterable[Question]) -> str:
+    """What the questions of a picture tell of it, as a caption."""
+    colour, shape = describe(asked)
+    return " ".join(word for word in ("a", colour, shape or "shape") if word)
+
+
+# What a caption answers; in no question of the set.
+CAPTION_QUESTION = "what does the image show?"
+
+
 def caption_records(split: Literal["train", "test"]) -> list[dict]:
-    """One record a picture: `<image>`, and a caption made of what its questions tell."""
+    """One record for each picture whose questions tell both colour and shape: the picture, and a caption."""
     records = []
     for picture, asked in by_picture(questions(split)).items():
-        colour, shape = describe(asked)
-        caption = f"a {colour} {shape or 'shape'}" if colour else f"a {shape or 'shape'}"
-        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        if "" in describe(asked):
+            continue
+        caption = make_caption(asked)
+        turns = _turns("<image>", [Question(CAPTION_QUESTION, caption, picture)])
         records.append({"id": picture, "image": picture_name(split, picture), "conversations": turns})
     return records
 
@@ -89,11 +109,49 @@ def conversation_records(split: Literal["train", "test"], *, orders: int, seed: 
     records = []
     for order in range(orders):
         for picture, asked in by_picture(questions(split)).items():
-            turns = []
-            for i, question in enumerate(rng.sample(asked, len(asked))):
-                mark = "<image>\n" if i == 0 else ""
-                turns.append({"from": "human", "value": mark + question.text})
-                turns.append({"from": "gpt", "value": question.answer})
+            turns = _turns("<image>", rng.sample(asked, len(asked)))
             image = picture_name(split, picture)
             records.append({"id": f"{picture}_{order}", "image": image, "conversations": turns})
     return records
+
+
+def reading_records(split: Literal["train", "test"], *, count: int, seed: int) -> list[dict]:
+    """Text alone, one question a record, with a caption in the picture's place, from easy to hard.
+
+    Questions are those that were asked of any picture of that caption. Yes and no come equally often, and
+    negations only come in when half of the records are done, bit by bit. As the set has them, four of five such
+    questions can be answered without a look at the caption, and a decoder stays there for thousands of steps.
+    """
+    known: dict[str, dict[str, Question]] = collections.defaultdict(dict)
+    for asked in by_picture(questions(split)).values():
+        if "" not in describe(asked):
+            known[make_caption(asked)] |= {question.text: question for question in asked}
+    rng = random.Random(seed)
+    captions = sorted(known)
+    records = []
+    for number in range(count):
+        caption = rng.choice(captions)
+        is_negated = rng.random() < 0.5 * min(1.0, max(0.0, 4 * number / count - 1.8))
+        (kind,) = rng.choices(("caption", "shape", "colour", "yes/no"), weights=(1, 2, 2, 8))
+        is_shown = rng.random() < 0.5
+        if kind == "caption":
+            question = Question(CAPTION_QUESTION, caption, -1)
+            records.append({"id": number, "conversations": _turns(caption, [question])})
+            continue
+        fitting = [
+            question
+            for question in known[caption].values()
+            if question.kind == kind
+            and (kind != "yes/no" or (question.is_shown, question.is_negated) == (is_shown, is_negated))
+        ]
+        records.append({"id": number, "conversations": _turns(caption, [rng.choice(fitting)])})
+    return records
+
+
+def _turns(shown: str, asked: Sequence[Question]) -> list[dict]:
+    """Questions and answers in the original's format, what is shown in front of the first question."""
+    turns = []
+    for i, question in enumerate(asked):
+        turns.append({"from": "human", "value": question.text if i else f"{shown}\n{question.text}"})
+        turns.append({"from": "gpt", "value": question.answer})
+    return turns

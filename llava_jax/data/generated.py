@@ -1,6 +1,7 @@
 """A tiny data set drawn from a seed, for runs that need no input."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def generate_data(folder: str | Path, *, num_records: int, image_size: int, seed
 
 def temporary_data(*, num_records: int, image_size: int, seed: int) -> Path:
     """The folder of such a data set under the system's temporary folder, made once."""
-    name = f"llava_jax_generated_{num_records}_{image_size}_{seed}"
+    # The user's own: mkdtemp's folders are closed to others, who would find this one and could not read it.
+    name = f"llava_jax_generated_{os.getuid()}_{num_records}_{image_size}_{seed}"
     folder = Path(tempfile.gettempdir(), name)
     if not folder.is_dir():
         new = Path(tempfile.mkdtemp(prefix=f"{name}_"))

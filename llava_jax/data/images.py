@@ -31,7 +31,9 @@ def open_image(path: str | Path) -> Image.Image:
         image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise Refused("missing picture", f"{path} does not exist") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise Refused("oversized picture", f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
         raise Refused("unreadable picture", f"{path}: {error}") from None
     width, height = image.size
     shape_limit = max(width, height) > MAX_ASPECT * min(width, height)
@@ -45,7 +47,11 @@ def open_image(path: str | Path) -> Image.Image:
 
 def resolve(root: str, name: str) -> Path:
     """The path of a picture named by a record; refuses names that leave the picture folder."""
-    path = os.path.realpath(os.path.join(root, name)) if "\0" not in name else None
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError:
+        # A NUL, or a lone surrogate: no file system has such a name.
+        path = None
     if path is None or os.path.commonpath([path, os.path.realpath(root)]) != os.path.realpath(root):
         raise Refused("path outside the folder", f"{name!r} does not stay inside {root!r}")
     return Path(path)

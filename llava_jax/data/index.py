@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +54,11 @@ def load_index(path: str, rows: RowFormat, needs: Needs, cache: Path) -> Index:
     stored = cache / f"index-{fingerprint[:16]}.npz"
     if stored.is_file():
         try:
-            return _read(stored, path, fingerprint)
-        except (OSError, ValueError, KeyError):
+            index = _read(stored, path, fingerprint)
+            # Refused records are looked at again: their pictures may have been mended, and they are few.
+            if all(_size(index.records, i, rows, needs)[1] == detail for i, detail in index.refused.items()):
+                return index
+        except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
             # A cache is only a cache: whatever is wrong with it, measuring again mends it.
             stored.unlink()
     index = _measure(path, rows, needs, fingerprint)
@@ -78,11 +83,18 @@ def _measure(path: str, rows: RowFormat, needs: Needs, fingerprint: str) -> Inde
     tokens, tiles = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
     refused: dict[int, str] = {}
     for i in tqdm(range(len(records)), desc=f"measuring {Path(path).name}", unit="record", disable=None, leave=False):
-        try:
-            tokens[i], tiles[i] = rows.measure(records[i], needs)
-        except Refused as refusal:
-            refused[i] = str(refusal)
+        (tokens[i], tiles[i]), detail = _size(records, i, rows, needs)
+        if detail is not None:
+            refused[i] = detail
     return Index(records=records, tokens=tokens, tiles=tiles, refused=refused, fingerprint=fingerprint)
+
+
+def _size(records: RecordFile, record: int, rows: RowFormat, needs: Needs) -> tuple[Size, str | None]:
+    """What a record takes, or nothing and the reason why it is refused."""
+    try:
+        return rows.measure(records[record], needs), None
+    except Refused as refusal:
+        return Size(0, 0), str(refusal)
 
 
 def _fingerprint(path: str, rows: RowFormat, needs: Needs) -> str:

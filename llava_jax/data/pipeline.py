@@ -75,10 +75,11 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Iterator[Batch]:
     """This host's batches, step after step; `num_workers` processes read ahead, 0 reads in threads."""
     import grain
 
-    # Threads overlap decoding with the step; the buffer bounds how far they run ahead.
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * reader.plan.rows_per_step)
-    dataset = grain.MapDataset.source(reader).to_iter_dataset(options)
-    dataset = dataset.batch(reader.plan.rows_per_step // reader.num_processes)
+    # Threads overlap decoding with the step; the buffer bounds how far they run ahead. Rows become batches while
+    # the data set is still random-access: workers share it by elements, and those must be whole steps.
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    dataset = grain.MapDataset.source(reader).batch(reader.plan.rows_per_step // reader.num_processes)
+    dataset = dataset.to_iter_dataset(options)
     if num_workers:
         _parse_absl_flags()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))

@@ -1,6 +1,8 @@
 """The plan of a run: which records share which row of which step, before anything is read."""
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +37,7 @@ class Plan:
     def num_steps(self) -> int:
         return self.num_rows // self.rows_per_step
 
-    @property
+    @functools.cached_property
     def most_records(self) -> int:
         """The most records that any row holds."""
         return int(np.diff(self.starts).max())
@@ -46,9 +48,12 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Says whether two runs read the same records in the same rows."""
-        digest = hashlib.sha256(repr((self.rows_per_step, self.seed)).encode())
-        digest.update(np.ascontiguousarray(self.records, np.int64).tobytes())
-        digest.update(np.ascontiguousarray(self.starts, np.int64).tobytes())
+        # Empty rows at the end of a step are left out: their number follows the devices, which may change on resume.
+        steps = np.arange(self.num_rows) // self.rows_per_step
+        lengths = np.diff(self.starts)
+        digest = hashlib.sha256(repr((self.num_steps, self.seed)).encode())
+        for array in (self.records, lengths[lengths > 0], steps[lengths > 0]):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
         return digest.hexdigest()
 
 
@@ -84,6 +89,14 @@ def make_plan(
             f"data.batch_rows must be a multiple of {rows_multiple} (data-parallel devices times accumulation); "
             f"got {batch_rows}."
         )
+    for name, value in (
+        ("batch_rows", batch_rows),
+        ("batch_records", batch_records),
+        ("epochs", epochs),
+        ("steps", steps),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be at least 1; got {value}.")
     orders = _orders(index, seed=seed, shuffle=shuffle, fill_refused=batch_records is not None)
     groups: list[list[list[int]]] = []
     epoch = 0
@@ -114,28 +127,28 @@ def pack(order: Sequence[int] | Int[np.ndarray, " n"], index: Index, capacity: S
     Example, capacity 10 tokens, sizes 6, 5, 4 in this order:
         6 -> row 0; 5 -> row 1; 4 -> row 0 (leaves 0 free there, 1 in row 1)   =>   [[0, 2], [1]]
     """
+    order = np.asarray(order)
     rows: list[list[int]] = []
-    open_rows = np.zeros(0, np.int64)
-    free_tokens, free_tiles = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for record in map(int, order):
-        size = index.size(record)
-        left = np.where((free_tokens >= size.tokens) & (free_tiles >= size.tiles), free_tokens - size.tokens, -1)
-        fitting = np.flatnonzero(left >= 0)
-        if fitting.size:
-            best = fitting[left[fitting].argmin()]
-            rows[open_rows[best]].append(record)
-            free_tokens[best] -= size.tokens
-            free_tiles[best] -= size.tiles
-            continue
-        if len(open_rows) == OPEN_ROWS:
-            fullest = free_tokens.argmin()
-            open_rows, free_tokens, free_tiles = (
-                np.delete(array, fullest) for array in (open_rows, free_tokens, free_tiles)
-            )
-        open_rows = np.append(open_rows, len(rows))
-        free_tokens = np.append(free_tokens, capacity.tokens - size.tokens)
-        free_tiles = np.append(free_tiles, capacity.tiles - size.tiles)
-        rows.append([record])
+    free_tiles: list[int] = []
+    # (free tokens, row), the fullest first: the first entry with room is the best fit, the oldest of equals.
+    open_rows: list[tuple[int, int]] = []
+    for record, tokens, tiles in zip(
+        order.tolist(), index.tokens[order].tolist(), index.tiles[order].tolist(), strict=True
+    ):
+        at = bisect.bisect_left(open_rows, (tokens, 0))
+        while at < len(open_rows) and free_tiles[open_rows[at][1]] < tiles:
+            at += 1
+        if at < len(open_rows):
+            free, row = open_rows.pop(at)
+        else:
+            if len(open_rows) == OPEN_ROWS:
+                del open_rows[0]
+            free, row = capacity.tokens, len(rows)
+            rows.append([])
+            free_tiles.append(capacity.tiles)
+        rows[row].append(record)
+        free_tiles[row] -= tiles
+        bisect.insort(open_rows, (free - tokens, row))
     return rows
 
 

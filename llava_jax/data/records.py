@@ -1,7 +1,7 @@
 """Records in the original's JSON format: where each lies in its file, and what a well-formed one holds."""
 
 import json
-import mmap
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +45,8 @@ def parse_record(value: Any) -> Record:
         images = (images,)
     if not isinstance(images, list | tuple) or not all(isinstance(name, str) and name for name in images):
         raise Refused("malformed", f"'image' must be a file name or a list of them; got {_show(value['image'])}")
+    for name in images:
+        _require_unicode(name)
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise Refused("malformed", f"'conversations' must be a list of turns; got {_show(conversations)}")
@@ -58,12 +60,16 @@ def parse_record(value: Any) -> Record:
 
 
 def _parse_turn(value: Any) -> Turn:
-    if not isinstance(value, dict) or not isinstance(value.get("value"), str) or value.get("from") not in ROLES:
+    role = value.get("from") if isinstance(value, dict) else None
+    if not isinstance(role, str) or role not in ROLES or not isinstance(value.get("value"), str):
         raise Refused("malformed", f"a turn must be {{'from': 'human' or 'gpt', 'value': text}}; got {_show(value)}")
-    text: str = value["value"]
+    _require_unicode(value["value"])
+    return Turn(ROLES[role], value["value"])
+
+
+def _require_unicode(text: str) -> None:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise Refused("malformed", f"text must be valid Unicode; got a lone surrogate in {_show(text)}")
-    return Turn(ROLES[value["from"]], text)
 
 
 def _show(value: Any) -> str:
@@ -80,24 +86,28 @@ class RecordFile:
     def __init__(self, path: str, spans: Int[np.ndarray, "n 2"]):
         self.path = path
         self.spans = spans
-        self._bytes: mmap.mmap | None = None
+        self._file: int | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`; raises `Refused` if it is malformed."""
-        if self._bytes is None:
-            with open(self.path, "rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self.spans[index]
+        # Read, not mapped: a file that somebody shortens meanwhile must not kill the process.
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY)
+        start, end = map(int, self.spans[index])
         try:
-            return parse_record(json.loads(self._bytes[start:end]))
+            return parse_record(json.loads(os.pread(self._file, end - start, start)))
         except (ValueError, RecursionError) as error:
             raise Refused("malformed", f"not JSON: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "spans": self.spans, "_bytes": None}
+        return {"path": self.path, "spans": self.spans, "_file": None}
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
 
 
 def find_spans(path: str) -> Int[np.ndarray, "n 2"]:
@@ -151,6 +161,11 @@ def _list_spans(data: bytes) -> list[tuple[int, int]]:
         at = skip(text, end).end()
         if text[at : at + 1] == ",":
             at = skip(text, at + 1).end()
+            if text[at : at + 1] == "]":
+                raise json.JSONDecodeError("expected a record after ','", text, at)
         elif text[at : at + 1] != "]":
             raise json.JSONDecodeError("expected ',' or ']'", text, at)
+    at = skip(text, at + 1).end()
+    if at != len(text):
+        raise json.JSONDecodeError("expected nothing after the list", text, at)
     return spans

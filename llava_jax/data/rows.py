@@ -112,7 +112,9 @@ class Conversations:
             "segment_ids": np.zeros(self.length, np.int32),
             "positions": np.zeros(self.length, np.int32),
             "images": np.zeros((self.tiles, needs.image_size, needs.image_size, 3), np.uint8),
-            "patch_slots": np.arange(self.length, self.length + patches, dtype=np.int32).reshape(self.tiles, -1),
+            "patch_slots": np.arange(self.length, self.length + patches, dtype=np.int32).reshape(
+                self.tiles, needs.image_slots
+            ),
         }
         at = tile = 0
         for segment, (tokens, is_answer, images) in enumerate(examples, start=1):
@@ -133,21 +135,24 @@ class Conversations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random flips, and shifts of at most `shift` pixels that repeat the border."""
+    """Random mirroring, and shifts of at most `shift` pixels; what comes in is the median colour of the corners."""
 
-    flip: bool = False
+    mirror: bool = False
     shift: int = 0
 
     def __call__(
         self, image: UInt8[np.ndarray, "height width 3"], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "height width 3"]:
         height, width, _ = image.shape
-        if self.flip:
-            image = image[:: rng.choice([1, -1]), :: rng.choice([1, -1])]
+        if self.mirror:
+            image = image[:, :: rng.choice([1, -1])]
         if self.shift:
             down, right = rng.integers(0, 2 * self.shift + 1, size=2)
-            border = ((self.shift, self.shift), (self.shift, self.shift), (0, 0))
-            image = np.pad(image, border, mode="edge")[down : down + height, right : right + width]
+            corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
+            wide = np.empty((height + 2 * self.shift, width + 2 * self.shift, 3), np.uint8)
+            wide[...] = np.median(corners, axis=0)
+            wide[self.shift : self.shift + height, self.shift : self.shift + width] = image
+            image = wide[down : down + height, right : right + width]
         return image
 
 
@@ -161,6 +166,10 @@ class Captions:
     length: int
     image_mode: ImageMode = "square"
     augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"A caption needs length >= 2, for BOS and EOS; got length={self.length}.")
 
     @property
     def capacity(self) -> Size:

@@ -39,7 +39,12 @@ class Tokenizer:
                 "Save one with transformers' AutoTokenizer.save_pretrained."
             )
         config_path = Path(folder) / "tokenizer_config.json"
-        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        try:
+            config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{config_path} must be JSON: {error}. Save the tokenizer again.") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path} must hold a JSON object; got {config!r:.80}. Save the tokenizer again.")
         self.eos_id = self._id(config.get("eos_token"), "eos_token")
         # Whether a sequence opens with BOS is decided by the post-processor, not by the config's wishes.
         opening = self._tokenizer.encode("").ids
@@ -50,10 +55,18 @@ class Tokenizer:
     def _tokenizer(self) -> "tokenizers.Tokenizer":
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(str(Path(self.folder) / "tokenizer.json"))
+        path = str(Path(self.folder) / "tokenizer.json")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # The library raises nothing more special.
+            raise UserError(f"{path} must be a tokenizer: {error}. Save it again.") from None
+        # Whoever saved the file may have left these on; transformers switches them off at every call.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _id(self, token: str | dict | None, name: str) -> int:
-        text = token["content"] if isinstance(token, dict) else token
+        text = token.get("content") if isinstance(token, dict) else token
         token_id = None if text is None else self._tokenizer.token_to_id(text)
         if token_id is None:
             raise UserError(

@@ -46,6 +46,8 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (off) or positive; got {self.top_k}.")
+        if "" in self.stop:
+            raise UserError("A stop string must hold at least one letter; got ''. Leave it out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,9 @@ def stream(
             yield ready[len(shown) :]
             shown = ready
     answer = _answer(processor, prompt, ids, sampling, finished[0])
-    if answer.text.startswith(shown) and len(answer.text) > len(shown):
-        yield answer.text[len(shown) :]
+    whole = _cut(processor.tokenizer.decode(ids), sampling.stop)[0].rstrip()
+    if whole.startswith(shown) and len(whole) > len(shown):
+        yield whole[len(shown) :]
     yield answer
 
 
@@ -130,6 +133,10 @@ def _decode(
     """New token ids of each row, a chunk of steps at a time; marks rows that ended by a stop in `finished`."""
     if not prompts:
         return
+    if seeds and len(seeds) != len(prompts):
+        raise UserError(f"There must be one seed per prompt; got {len(seeds)} seeds for {len(prompts)} prompts.")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"A seed must be at least 0 and below 2**32; got {', '.join(map(str, seeds))}.")
     chunk = min(chunk, CHUNK) if sampling.stop else chunk
     inputs = pad_prompts(prompts)
     longest = int(inputs.lengths.max()) + sampling.max_new_tokens
@@ -154,10 +161,13 @@ def _decode(
         pieces = []
         for row in range(len(prompts)):
             ids = [] if rows_done[row] else _until_stop(new[row], stop_ids)
-            texts[row] += ids
             ended = not rows_done[row] and len(ids) < new.shape[1]
-            if sampling.stop and not ended and not rows_done[row]:
-                ended = _cut(processor.tokenizer.decode(texts[row]), sampling.stop)[1]
+            if sampling.stop and not rows_done[row]:
+                for n in range(1, len(ids) + 1):
+                    if _cut(processor.tokenizer.decode(texts[row] + ids[:n]), sampling.stop)[1]:
+                        ids, ended = ids[:n], True
+                        break
+            texts[row] += ids
             finished[row] |= ended
             rows_done[row] |= ended
             pieces.append(ids)
@@ -173,6 +183,8 @@ def _decode(
 
 def pad_prompts(prompts: Sequence[Prompt]) -> Inputs:
     """One batch: prompts on the left, padding after them; patches of missing pictures land past the end."""
+    if not all(len(prompt.tokens) for prompt in prompts):
+        raise UserError("A prompt must have at least one token; got an empty one. Write something.")
     longest = max(len(prompt.tokens) for prompt in prompts)
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     tiles = max(len(prompt.images) for prompt in prompts)
@@ -283,7 +295,8 @@ def restrict(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Ar
     within_k = jnp.where(rank < limit, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(within_k, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (rank < limit) & (mass_before < top_p)
+    # Rounding may bring the sum to 1 before the last token; top_p = 1 keeps them all the same.
+    kept = (rank < limit) & ((mass_before < top_p) | (top_p >= 1))
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 

@@ -52,17 +52,23 @@ class Processor:
 
     def ask(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
         """The conversation so far, open for the assistant's next answer."""
-        return self._encode(self._known_template().render(self._marked(turns, images), opened=True), images)
+        return self._encode(self._render(turns, images, opened=True), images)
 
     def answered(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
         """A conversation whose last turn is the assistant's, without the words that would close it."""
-        template = self._known_template()
-        *spans, last = template.render(self._marked(turns, images))
-        return self._encode([*spans, Span(last.text.removesuffix(template.ends[1]), last.is_answer)], images)
+        *given, last = self._render(turns, images)
+        answer = Span(last.text.removesuffix(self._known_template().ends[1]), last.is_answer)
+        return self._encode([*(Span(span.text) for span in given), answer], images)
 
     def raw(self, text: str, images: Sequence[Image.Image], *, answer: str = "") -> Prompt:
         """The text as it stands, `<image>` marks included; the tokenizer's own opening is added."""
         return self._encode([Span(text), Span(answer, is_answer=True)], images)
+
+    def _render(self, turns: Sequence[Turn], images: Sequence[Image.Image], *, opened: bool = False) -> list[Span]:
+        try:
+            return self._known_template().render(self._marked(turns, images), opened=opened)
+        except Refused as refusal:
+            raise UserError(f"{refusal.detail}. Choose another template.") from None
 
     def _known_template(self) -> Template:
         if self.template is None:
@@ -108,9 +114,15 @@ def load(path: str, *, template: str | None = None) -> tuple[Model, Processor]:
         graphdef=graphdef,
         params={name: jnp.asarray(value, jnp.float32) for name, value in params.items()},
     )
+    tokenizer = Tokenizer(str(Path(path, TOKENIZER)))
+    if tokenizer.vocab_size > card.model.text.vocab_size:
+        raise CheckpointError(
+            f"Every token must have an embedding; the tokenizer of {path!r} has vocab_size={tokenizer.vocab_size}, "
+            f"the model {card.model.text.vocab_size}. Put the model's own tokenizer there."
+        )
     name = template if template is not None else card.template
     processor = Processor(
-        tokenizer=Tokenizer(str(Path(path, TOKENIZER))),
+        tokenizer=tokenizer,
         template=None if name is None else find_template(name),
         image_mode=card.image_mode,
         image_size=card.model.vision.image_size,

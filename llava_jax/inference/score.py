@@ -33,7 +33,11 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Score]:
     Raises:
       UserError: a prompt has no answer token, or does not fit the model's positions.
     """
+    if not prompts:
+        return []
     for prompt in prompts:
+        if prompt.is_answer[:1].any():
+            raise UserError("An answer needs a token before it; got none, not even BOS. Give a prompt.")
         if not prompt.is_answer.any():
             raise UserError("An answer to score must have at least one token of its own; got an empty one.")
         if len(prompt.tokens) > model.config.text.max_positions:

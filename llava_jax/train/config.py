@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import runpy
 import types
 import typing
@@ -35,6 +36,12 @@ class DataConfig:
     workers: int = 0
     max_refused: float = 0.005
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be at least 0; got {self.workers}.")
+        if not 0 <= self.max_refused <= 1:
+            raise ValueError(f"data.max_refused is a share between 0 and 1; got {self.max_refused}.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -53,6 +60,21 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        rates = {f"part_learning_rates.{name}": rate for name, rate in self.part_learning_rates.items()}
+        bounds = {name: (rate, 0.0, math.inf) for name, rate in rates.items()} | {
+            "learning_rate": (self.learning_rate, 0.0, math.inf),
+            "warmup_ratio": (self.warmup_ratio, 0.0, math.nextafter(1.0, 2.0)),
+            "weight_decay": (self.weight_decay, 0.0, math.inf),
+            "clip_norm": (1.0 if self.clip_norm is None else self.clip_norm, math.ulp(0.0), math.inf),
+            "b1": (self.b1, 0.0, 1.0),
+            "b2": (self.b2, 0.0, 1.0),
+            "eps": (self.eps, 0.0, math.inf),
+        }
+        for name, (value, low, high) in bounds.items():
+            if not low <= value < high:
+                raise ValueError(f"optim.{name} must be at least {low:g} and less than {high:g}; got {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +119,8 @@ class TrainConfig:
         for name in ("checkpoint_every", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}.")
         if not self.trainable:
             raise ValueError("trainable must name at least one part of the model; got ().")
 
@@ -105,10 +129,15 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """The config that a Python file's `get_config()` returns, with `a.b=value` overrides applied."""
     if not Path(path).is_file():
         raise UserError(f"--config must name a Python file; got {path!r}, which does not exist. See configs/.")
-    module = runpy.run_path(path)
+    try:
+        module = runpy.run_path(path)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"--config {path} cannot be loaded: {error}.") from error
     if "get_config" not in module:
         raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
     config = module["get_config"]()
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"get_config() must return a TrainConfig; that of {path!r} returned {config!r:.80}.")
     for override in overrides:
         config = apply_override(config, override)
     return config
@@ -125,13 +154,13 @@ def apply_override(config: TrainConfig, override: str) -> TrainConfig:
         raise UserError(f"--set {override}: {error}") from None
 
 
-def _replace(node: Any, path: list[str], text: str, override: str) -> Any:
+def _replace(node: Any, path: list[str], text: str, override: str, kind: Any = None) -> Any:
+    """The node with one value replaced; `kind` is the type of a mapping's values."""
     name, *rest = path
     if isinstance(node, Mapping):
         if rest:
             raise UserError(f"--set {override}: {name!r} is a value, not a group.")
-        sample = next(iter(node.values()), "")
-        return {**node, name: _parse(text, type(sample), override)}
+        return {**node, name: _parse(text, kind, override)}
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise UserError(f"--set {override}: {name!r} is looked up in {node!r}, which has no fields.")
     names = [field.name for field in dataclasses.fields(node)]
@@ -139,10 +168,11 @@ def _replace(node: Any, path: list[str], text: str, override: str) -> Any:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
         raise UserError(f"Unknown field {name!r} in override {override!r}. {hint}")
+    kind = typing.get_type_hints(type(node))[name]
     if rest:
-        value = _replace(getattr(node, name), rest, text, override)
+        value = _replace(getattr(node, name), rest, text, override, (typing.get_args(kind) or (None,))[-1])
     else:
-        value = _parse(text, typing.get_type_hints(type(node))[name], override)
+        value = _parse(text, kind, override)
     return dataclasses.replace(node, **{name: value})
 
 

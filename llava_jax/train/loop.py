@@ -48,7 +48,10 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
       NumericsError: a step was not finite; the steps saved before it are intact.
       DataError, CheckpointError, UserError: the input is at fault; the message says how.
     """
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--workdir must be a folder that can be written; got {workdir!r}: {error}.") from None
     with RunRecord(workdir) as record, _stop_on_sigterm() as stop, contextlib.closing(Checkpoints(workdir)) as saved:
         mesh = make_mesh(config.mesh)
         needs = data_needs(config)
@@ -103,12 +106,14 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
             report.add(state.step, metrics, batch)
             state.step += 1
             is_last = state.step == plan.num_steps
-            if state.step % config.checkpoint_every == 0 or is_last or stop.is_set:
+            # Read once: a signal between the two questions below would stop the run without saving it.
+            stopping = stop.is_set
+            if state.step % config.checkpoint_every == 0 or is_last or stopping:
                 report.flush()
                 trainable, opt_state = saved_trees(layout, state)
                 saved.save(state.step, trainable, opt_state, position)
                 record.step = state.step
-            if stop.is_set and not is_last:
+            if stopping and not is_last:
                 saved.wait()
                 raise Preempted(f"SIGTERM at step {state.step} of {plan.num_steps}: saved; run the same command again.")
         saved.wait()

@@ -47,7 +47,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
     taken = 1
     for size in sizes.values():
         taken *= max(size, 1)
-    if len(free) > 1 or num_devices % taken or (not free and taken != num_devices):
+    if (
+        min(sizes.values()) < -1
+        or 0 in sizes.values()
+        or len(free) > 1
+        or num_devices % taken
+        or (not free and taken != num_devices)
+    ):
         raise ValueError(
             f"The mesh must use all {num_devices} devices, with at most one axis of -1; got "
             + ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())

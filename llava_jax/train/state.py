@@ -46,6 +46,12 @@ class Layout:
                     f"{field} must name parts of the model, which has {', '.join(sorted(parts))}; "
                     f"got {', '.join(sorted(names))}."
                 )
+        unused = set(config.optim.part_learning_rates) - set(config.trainable)
+        if unused:
+            raise UserError(
+                f"optim.part_learning_rates must name trainable parts, {', '.join(config.trainable)}; "
+                f"got {', '.join(sorted(unused))}."
+            )
         trainable = {n: v for n, v in self.parameters.items() if part(n) in config.trainable}
         frozen = {
             n: jax.ShapeDtypeStruct(v.shape, config.compute_dtype)

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import IMAGE_TOKEN, PLAIN, TEMPLATES, V1, Span, find_template, move_image_first, tokenize
+from llava_jax.data.conversation import (
+    IMAGE_TOKEN,
+    PLAIN,
+    TEMPLATES,
+    V1,
+    Span,
+    find_template,
+    move_image_first,
+    tokenize,
+)
 from llava_jax.data.records import Turn, parse_record
 from llava_jax.data.rows import Needs
 from llava_jax.data.tokenizer import Tokenizer
@@ -72,7 +81,8 @@ def test_plain_refuses_a_dialogue():
 
 
 def test_an_unknown_template_is_refused_by_name():
-    assert find_template("v1") is V1 and find_template("plain") is PLAIN
+    assert find_template("v1") is V1
+    assert find_template("plain") is PLAIN
     with pytest.raises(UserError, match="'vicuna'; choose one of v1, plain"):
         find_template("vicuna")
 
@@ -90,7 +100,9 @@ def test_every_picture_has_its_own_number_of_slots(needs: Needs):
     np.testing.assert_array_equal(tokens == IMAGE_TOKEN, [False, True, True, False, True])
 
 
-@pytest.mark.parametrize(("text", "slots"), [("<image>", []), ("no mark", [4]), ("<image><image>", [4]), ("<image>", [4, 4])])
+@pytest.mark.parametrize(
+    ("text", "slots"), [("<image>", []), ("no mark", [4]), ("<image><image>", [4]), ("<image>", [4, 4])]
+)
 def test_marks_and_pictures_must_agree(needs: Needs, text: str, slots: list[int]):
     with pytest.raises(Refused) as refusal:
         tokenize([Span(text)], needs.tokenizer, slots)
@@ -115,15 +127,16 @@ HOSTILE = (
     "e\u0301\u200b\ufeff",
     "\0",
     "<imag",
-    "ge>",
+    "image>",
     "<im_start>",
 )
 
 
 def _random_turns(rng: np.random.Generator) -> list[Turn]:
-    texts = ["".join(rng.choice(HOSTILE, rng.integers(1, 5))) for _ in range(2 * rng.integers(1, 4))]
-    texts[0] = "<image>\n" + texts[0]
-    return [turn for turn in _turns(*texts) if "<image>" not in turn.text or turn.text == texts[0]]
+    def text() -> str:
+        return "".join(HOSTILE[i] for i in rng.integers(0, len(HOSTILE), rng.integers(1, 5)))
+
+    return _turns("<image>\n" + text(), *(text() for _ in range(2 * rng.integers(0, 3) + 1)))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -148,9 +161,9 @@ def test_an_answer_that_names_the_mark_is_refused(needs: Needs):
 
 
 def test_a_picture_inside_an_answer_is_not_trained_on(needs: Needs):
-    tokens, is_answer = tokenize([Span("Q: "), Span("a<image>b", is_answer=True)], needs.tokenizer, [2])
+    tokens, is_answer = tokenize([Span("Q:"), Span(" a<image>b", is_answer=True)], needs.tokenizer, [2])
     assert not is_answer[tokens == IMAGE_TOKEN].any()
-    assert needs.tokenizer.decode(tokens[is_answer].tolist()) == "ab"
+    assert needs.tokenizer.decode(tokens[is_answer].tolist()) == " ab"
 
 
 def test_an_empty_answer_is_not_trained_on(needs: Needs):

@@ -41,7 +41,10 @@ def _lines(end: str = "\n", **options) -> bytes:
         ("compact.json", json.dumps(RECORDS, separators=(",", ":"))),
         ("indented.json", json.dumps(RECORDS, indent=4, ensure_ascii=False)),
         ("escaped.json", json.dumps(RECORDS, ensure_ascii=True)),
-        ("spaced.json", " \r\n\t[\r\n " + " ,\r\n\t ".join(json.dumps(r, ensure_ascii=False) for r in RECORDS) + " ] \n"),
+        (
+            "spaced.json",
+            " \r\n\t[\r\n " + " ,\r\n\t ".join(json.dumps(r, ensure_ascii=False) for r in RECORDS) + " ] \n",
+        ),
         ("bom.json", BOM + json.dumps(RECORDS, ensure_ascii=False).encode()),
         ("bom_ascii.json", BOM + json.dumps(RECORDS).encode()),
         ("unix.jsonl", _lines(ensure_ascii=False)),
@@ -150,7 +153,8 @@ def test_a_malformed_value_is_refused_and_the_next_one_is_read(tmp_path: Path, t
             records = _open(path)
         except DataError as error:
             # A number that Python will not parse makes the whole list unreadable.
-            assert name == "r.json" and str(path) in str(error)
+            assert name == "r.json"
+            assert str(path) in str(error)  # noqa: PT017
             continue
         with pytest.raises(Refused) as refusal:
             records[0]
@@ -239,4 +243,4 @@ def test_random_bytes_never_raise_anything_else(tmp_path: Path):
             try:
                 records[i]
             except Refused as refusal:
-                assert refusal.reason == "malformed"
+                assert refusal.reason == "malformed"  # noqa: PT017

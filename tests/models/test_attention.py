@@ -1,0 +1,139 @@
+"""Who sees whom: masks by hand, and attention that depends on nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_jax.models.attention import Scope, attend_xla
+from llava_jax.models.llama import rotary, rotate
+
+
+def _row(*values: int) -> jax.Array:
+    return jnp.array([values])
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+PACKED = {
+    "query_segments": _row(1, 1, 1, 2, 2, 0),
+    "key_segments": _row(1, 1, 1, 2, 2, 0),
+    "query_positions": _row(0, 1, 2, 0, 1, 0),
+    "key_positions": _row(0, 1, 2, 0, 1, 0),
+}
+
+
+def test_the_example_of_scope_holds():
+    mask = Scope(**PACKED, causal=True).mask()
+    assert mask is not None
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def test_a_window_counts_the_query_itself():
+    positions = jnp.arange(5)[None]
+    scope = Scope(query_positions=positions, key_positions=positions, causal=True, window=2)
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(scope.mask()[0], np.array(expected, bool))
+
+
+def test_segments_alone_let_tokens_look_both_ways():
+    scope = Scope(query_segments=_row(1, 1, 2), key_segments=_row(1, 1, 2))
+    np.testing.assert_array_equal(scope.mask()[0], np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]], bool))
+
+
+def test_nothing_restricts_an_empty_scope():
+    assert Scope().mask() is None
+
+
+def test_a_cache_is_seen_up_to_the_queries_position():
+    scope = Scope(query_positions=jnp.array([[2], [0]]), key_positions=jnp.tile(jnp.arange(4), (2, 1)), causal=True)
+    np.testing.assert_array_equal(scope.mask()[:, 0], np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool))
+
+
+def test_two_keys_are_weighed_as_by_hand():
+    """Scores q.k / sqrt(4) = 0 and ln 3, hence weights 1/4 and 3/4."""
+    q = jnp.array([[[[2.0, 0.0, 0.0, 0.0]]]])
+    k = jnp.array([[[[0.0, 1.0, 0.0, 0.0]], [[np.log(3.0), 0.0, 0.0, 0.0]]]], jnp.float32)
+    v = jnp.array([[[[4.0, 0.0, 0.0, 0.0]], [[0.0, 8.0, 0.0, 0.0]]]])
+    np.testing.assert_allclose(attend_xla(q, k, v, Scope())[0, 0, 0], [1.0, 6.0, 0.0, 0.0], rtol=1e-6)
+
+
+def test_query_heads_share_the_key_head_of_their_group():
+    """Heads 0 and 1 read key head 0, heads 2 and 3 key head 1, as `repeat_kv` of transformers lays them out."""
+    q, k, v = _random(0, 2, 5, 4, 8), _random(1, 2, 5, 2, 8), _random(2, 2, 5, 2, 8)
+    grouped = attend_xla(q, k, v, Scope())
+    repeated = attend_xla(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), Scope())
+    np.testing.assert_allclose(grouped, repeated, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_is_that_of_jax():
+    q, k, v = _random(0, 1, 6, 4, 8), _random(1, 1, 6, 2, 8), _random(2, 1, 6, 2, 8)
+    scope = Scope(**PACKED, causal=True)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=scope.mask()[:, None])
+    np.testing.assert_allclose(attend_xla(q, k, v, scope), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_no_derivative_crosses_a_segment_or_comes_from_the_future():
+    q, k, v = _random(0, 1, 6, 2, 4), _random(1, 1, 6, 2, 4), _random(2, 1, 6, 2, 4)
+    scope = Scope(**PACKED, causal=True)
+    by_key, by_value = jax.jacobian(lambda k, v: attend_xla(q, k, v, scope)[0].sum((1, 2)), argnums=(0, 1))(k, v)
+    hidden = ~np.asarray(scope.mask()[0])
+    for derivative in (by_key, by_value):
+        assert not np.asarray(derivative)[:, 0][hidden].any()
+    assert np.asarray(by_value)[:, 0][~hidden].any()
+
+
+def test_hidden_keys_may_hold_anything_finite():
+    q, k, v = _random(0, 1, 6, 2, 4), _random(1, 1, 6, 2, 4), _random(2, 1, 6, 2, 4)
+    scope = Scope(**PACKED, causal=True)
+    before = attend_xla(q, k, v, scope)
+    after = attend_xla(q, k.at[:, 3:].mul(1e9), v.at[:, 3:].set(-1e30), scope)
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+
+
+def test_bfloat16_inputs_are_softmaxed_in_float32():
+    """1 + 2^-9 is no bfloat16; 256 equal weights of 1/256 would be lost in a bfloat16 sum."""
+    q, k = jnp.zeros((1, 1, 1, 4), jnp.bfloat16), jnp.zeros((1, 257, 1, 4), jnp.bfloat16)
+    scores = jax.make_jaxpr(lambda q, k, v: attend_xla(q, k, v, Scope()))(q, k, k)
+    exps = [equation for equation in scores.eqns if equation.primitive.name == "exp"]
+    assert not exps or all(equation.outvars[0].aval.dtype == jnp.float32 for equation in exps)
+    assert "exp" in str(scores)
+    assert attend_xla(q, k, jnp.ones_like(k), Scope()).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shift", [1, 17, 1000])
+def test_scores_depend_on_distances_not_on_positions(shift: int):
+    q, k = _random(0, 1, 5, 2, 8), _random(1, 1, 5, 2, 8)
+    positions = jnp.arange(5)[None]
+
+    def scores(positions: jax.Array) -> jax.Array:
+        angles = rotary(positions, head_dim=8, theta=10_000.0)
+        return jnp.einsum("btnh,bsnh->bnts", rotate(q, angles), rotate(k, angles))
+
+    # Angles of position 1000 are rounded to 2^-14; nothing else differs.
+    np.testing.assert_allclose(scores(positions), scores(positions + shift), atol=2e-6 * max(shift, 10))
+
+
+def test_position_zero_turns_nothing_and_a_quarter_turn_swaps_the_halves():
+    x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]]]])
+    np.testing.assert_array_equal(rotate(x, rotary(_row(0), head_dim=4, theta=10.0)), x)
+    quarter = jnp.full((1, 1, 4), jnp.pi / 2)
+    turned = rotate(x, type(rotary(_row(0), head_dim=4, theta=10.0))(jnp.cos(quarter), jnp.sin(quarter)))
+    np.testing.assert_allclose(turned[0, 0, 0], [-3.0, -4.0, 1.0, 2.0], atol=1e-6)
+
+
+def test_angles_are_float32_so_that_late_positions_stay_apart():
+    angles = rotary(_row(256, 257), head_dim=4, theta=10_000.0)
+    assert angles.cos.dtype == jnp.float32
+    np.testing.assert_allclose(angles.cos[0, 1, [0, 2]], np.cos(257.0), atol=1e-5)
+    np.testing.assert_allclose(angles.sin[0, 1, [1, 3]], np.sin(2.57), atol=1e-6)
