@@ -8,15 +8,16 @@ WORKDIR ?= runs/quickstart
 quickstart: $(VENV)/quickstart.installed
 	$(VENV)/bin/llava-jax quickstart --workdir $(WORKDIR)
 
-test: lint
+test: $(VENV)/test.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
 nightly: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest -m nightly
 
+# Pyright brings a program of its own from npm at its first start, so the tests do not wait for it.
 lint: $(VENV)/test.installed
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/%.installed: setup.cfg

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 
 from llava_jax.errors import UserError
 
+# Huge pages, and large blocks from the heap, which is never trimmed.
+HEAP = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "mmap_threshold=4294967296", "trim_threshold=4294967296", "top_pad=67108864")
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
@@ -103,10 +109,7 @@ def _keep_freed_memory() -> None:
     variable that is there when the process starts can change that.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ":".join(
-            f"glibc.malloc.{name}"
-            for name in ("hugetlb=1", "mmap_threshold=4294967296", "trim_threshold=4294967296", "top_pad=67108864")
-        )
+        os.environ["GLIBC_TUNABLES"] = HEAP
         os.execv(sys.executable, [sys.executable, "-m", "llava_jax.cli", *sys.argv[1:]])
 
 

@@ -36,7 +36,16 @@ from llava_jax.train.step import make_step
 # Batch entries that say what was read; the device has no use for them.
 HOST_ONLY = ("record_ids", "num_replaced")
 # Fields that may differ between the start of a run and its continuation: they change no number of it.
-MAY_CHANGE = ("init.", "mesh.", "checkpoint_every", "log_every", "data.workers", "data.image_root", "data.records")
+MAY_CHANGE = (
+    "init.",
+    "mesh.",
+    "checkpoint_every",
+    "log_every",
+    "data.workers",
+    "data.image_root",
+    "data.records",
+    "data.tokenizer",
+)
 REMAT = {"nothing": None, "everything": jax.checkpoint}
 
 
