@@ -3,11 +3,10 @@ r"""Quickstart, stage 1: train the projector alone on captions.
     llava-jax train --config configs/quickstart_align.py --workdir runs/quickstart/align
 
 The decoder can read by now (configs/quickstart_decoder.py), so the projector learns to turn what the tower sees into
-what the decoder would have read. It only knows conversations, so the captions come as answers; a language model that
-has seen all kinds of text is aligned with the plain template (configs/llava15_pretrain_7b.py).
+what the decoder would have read.
 """
 
-from llava_jax.data.conversation import V1
+from llava_jax.data.conversation import PLAIN
 from llava_jax.data.rows import Conversations
 from llava_jax.sizes import QUICKSTART_LLAVA
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
@@ -26,11 +25,11 @@ def get_config() -> TrainConfig:
             records=f"{RUNS}/data/captions.json",
             image_root=f"{RUNS}/data/pictures",
             tokenizer=f"{RUNS}/data/tokenizer",
-            rows=Conversations(template=V1, length=256, tiles=2, image_mode="square"),
-            batch_rows=16,
-            steps=150,
+            rows=Conversations(template=PLAIN, length=288, tiles=4, image_mode="square"),
+            batch_rows=8,
+            steps=100,
         ),
-        optim=OptimConfig(learning_rate=2e-3, b2=0.95),
+        optim=OptimConfig(learning_rate=2e-3),
         compute_dtype="float32",
         checkpoint_every=50,
     )

@@ -34,12 +34,12 @@ from llava_jax.train.loop import train
 from llava_jax.train.metrics import read_metrics
 
 # Times that every picture's conversation is seen, each time with its questions in another order.
-ORDERS = 2
+ORDERS = 3
 # Questions answered at a time: enough to keep two cores busy, little memory.
 EVAL_BATCH = 256
 STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "conversations"}
 # Questions that the decoder learns to read on.
-NUM_READING = 38_000
+NUM_READING = 30_000
 
 
 def quickstart(workdir: str, *, seed: int) -> None:
