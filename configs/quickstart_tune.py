@@ -19,12 +19,14 @@ def get_config() -> TrainConfig:
         init={"tower": f"{RUNS}/align", "projector": f"{RUNS}/align", "decoder": f"{RUNS}/align"},
         trainable=("projector", "decoder"),
         data=DataConfig(
-            records=f"{RUNS}/data/conversations.json",
+            records=f"{RUNS}/data/questions.json",
             image_root=f"{RUNS}/data/pictures",
             tokenizer=f"{RUNS}/data/tokenizer",
-            rows=Conversations(template=V1, length=512, tiles=3),
-            batch_rows=8,
-            steps=200,
+            rows=Conversations(template=V1, length=128, tiles=1, image_mode="square"),
+            batch_rows=16,
+            epochs=1,
+            # The last records are the set's own questions, as often as it asks them.
+            shuffle=False,
         ),
         optim=OptimConfig(learning_rate=1e-3, b2=0.95),
         compute_dtype="float32",

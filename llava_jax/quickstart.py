@@ -16,9 +16,9 @@ from llava_jax.data.easy_vqa import (
     Question,
     by_picture,
     caption_records,
-    conversation_records,
     picture_folder,
     picture_name,
+    question_records,
     questions,
     reading_records,
 )
@@ -33,13 +33,12 @@ from llava_jax.train.config import load_config
 from llava_jax.train.loop import train
 from llava_jax.train.metrics import read_metrics
 
-# Times that every picture's conversation is seen, each time with its questions in another order.
-ORDERS = 3
 # Questions answered at a time: enough to keep two cores busy, little memory.
 EVAL_BATCH = 256
-STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "conversations"}
-# Questions that the decoder learns to read on.
+STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "questions"}
+# Questions that the decoder learns to read on, and those that are asked of pictures in stage 2.
 NUM_READING = 30_000
+NUM_QUESTIONS = 14_500
 
 
 def quickstart(workdir: str, *, seed: int) -> None:
@@ -82,12 +81,12 @@ def _write_data(data: Path, *, seed: int) -> None:
     """Records in LLaVA's format and a tokenizer trained on their text, all from the training split."""
     data.mkdir(parents=True, exist_ok=True)
     captions = caption_records("train")
-    conversations = conversation_records("train", orders=ORDERS, seed=seed)
+    asked = question_records("train", count=NUM_QUESTIONS, seed=seed)
     texts = reading_records("train", count=NUM_READING, seed=seed)
-    for name, records in {"captions": captions, "texts": texts, "conversations": conversations}.items():
+    for name, records in {"captions": captions, "texts": texts, "questions": asked}.items():
         (data / f"{name}.json").write_text(json.dumps(records, indent=1))
     words = [" ".join(span.text for span in V1.render([Turn("user", "?"), Turn("assistant", "!")]))]
-    words += [f" {turn['value']}" for record in captions + conversations for turn in record["conversations"]]
+    words += [f" {turn['value']}" for record in captions + texts for turn in record["conversations"]]
     train_tokenizer(words, data / "tokenizer", vocab_size=QUICKSTART_VOCABULARY)
     (data / "done").touch()
 

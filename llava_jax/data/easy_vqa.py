@@ -91,57 +91,77 @@ CAPTION_QUESTION = "what does the image show?"
 def caption_records(split: Literal["train", "test"]) -> list[dict]:
     """One record for each picture whose questions tell both colour and shape: the picture, and a caption."""
     records = []
-    for picture, asked in by_picture(questions(split)).items():
-        if "" in describe(asked):
-            continue
+    for picture, asked in _described(split).items():
         caption = make_caption(asked)
         turns = _turns("<image>", [Question(CAPTION_QUESTION, caption, picture)])
         records.append({"id": picture, "image": picture_name(split, picture), "conversations": turns})
     return records
 
 
-def conversation_records(split: Literal["train", "test"], *, orders: int, seed: int) -> list[dict]:
-    """All questions of a picture as one conversation, `orders` times over in different order.
-
-    The order matters: later answers can be read off earlier ones, so each question should come first at times.
-    """
-    rng = random.Random(seed)
-    records = []
-    for order in range(orders):
-        for picture, asked in by_picture(questions(split)).items():
-            turns = _turns("<image>", rng.sample(asked, len(asked)))
-            image = picture_name(split, picture)
-            records.append({"id": f"{picture}_{order}", "image": image, "conversations": turns})
-    return records
-
-
 def reading_records(split: Literal["train", "test"], *, count: int, seed: int) -> list[dict]:
     """Text alone, one question a record, with a caption in the picture's place, from easy to hard.
 
-    Questions are those that were asked of any picture of that caption. Yes and no come equally often, and
-    negations only come in, bit by bit, in the second and the last third. As the set has them, four of five such
-    questions can be answered without a look at the caption, and a decoder stays there for thousands of steps.
+    Negations only come in, bit by bit, in the second and the last third.
     """
-    known: dict[str, dict[str, Question]] = collections.defaultdict(dict)
-    for asked in by_picture(questions(split)).values():
-        if "" not in describe(asked):
-            known[make_caption(asked)] |= {question.text: question for question in asked}
     rng = random.Random(seed)
+    known = _facts(_described(split))
     captions = sorted(known)
     records = []
     for number in range(count):
         caption = rng.choice(captions)
-        is_negated = rng.random() < 0.5 * min(1.0, max(0.0, 3 * number / count - 1))
-        kind = rng.choice(("shape", "colour", "yes/no", "yes/no", "yes/no", "yes/no"))
-        is_shown = rng.random() < 0.5
-        fitting = [
-            question
-            for question in known[caption].values()
-            if question.kind == kind
-            and (kind != "yes/no" or (question.is_shown, question.is_negated) == (is_shown, is_negated))
-        ]
-        records.append({"id": number, "conversations": _turns(caption, [rng.choice(fitting)])})
+        negations = 0.5 * min(1.0, max(0.0, 3 * number / count - 1))
+        records.append({"id": number, "conversations": _turns(caption, [_choose(rng, known[caption], negations)])})
     return records
+
+
+def question_records(split: Literal["train", "test"], *, count: int, seed: int) -> list[dict]:
+    """Pictures, one question a record: first chosen to be told by the picture alone, in the last sixth as asked."""
+    rng = random.Random(seed)
+    groups, described = by_picture(questions(split)), _described(split)
+    known = _facts(described)
+    order: list[int] = []
+    records = []
+    for number in range(count):
+        if number < count * 5 // 6:
+            order = order or rng.sample(sorted(described), len(described))
+            picture = order.pop()
+            question = _choose(rng, known[make_caption(described[picture])], negations=0.5)
+        else:
+            picture = rng.choice(sorted(groups))
+            question = rng.choice(groups[picture])
+        image = picture_name(split, picture)
+        records.append({"id": number, "image": image, "conversations": _turns("<image>", [question])})
+    return records
+
+
+def _described(split: Literal["train", "test"]) -> dict[int, list[Question]]:
+    """The pictures whose questions tell both colour and shape."""
+    return {picture: asked for picture, asked in by_picture(questions(split)).items() if "" not in describe(asked)}
+
+
+def _facts(described: dict[int, list[Question]]) -> dict[str, list[Question]]:
+    """By caption, every question that was asked of any picture of that caption, once."""
+    known: dict[str, dict[str, Question]] = collections.defaultdict(dict)
+    for asked in described.values():
+        known[make_caption(asked)] |= {question.text: question for question in asked}
+    return {caption: list(by_text.values()) for caption, by_text in known.items()}
+
+
+def _choose(rng: random.Random, facts: Sequence[Question], negations: float) -> Question:
+    """One question of a third of what-questions, yes and no equally often, `negations` of them negated.
+
+    As the set has them, four of five yes/no questions can be answered from their words alone, and a small decoder
+    stays there for thousands of steps.
+    """
+    is_negated, is_shown = rng.random() < negations, rng.random() < 0.5
+    kind = rng.choice(("shape", "colour", "yes/no", "yes/no", "yes/no", "yes/no"))
+    fitting = [
+        question
+        for question in facts
+        if question.kind == kind
+        and (kind != "yes/no" or (question.is_shown, question.is_negated) == (is_shown, is_negated))
+    ]
+    return rng.choice(fitting)
 
 
 def _turns(shown: str, asked: Sequence[Question]) -> list[dict]:
