@@ -8,19 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import (
-    IMAGE_TOKEN,
-    PLAIN,
-    TEMPLATES,
-    V1,
-    Span,
-    find_template,
-    move_image_first,
-    tokenize,
-)
+from llava_jax.data.conversation import IMAGE_TOKEN, Span, move_image_first, tokenize
 from llava_jax.data.records import Turn, parse_record
 from llava_jax.data.rows import Needs
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import PLAIN, TEMPLATES, V1, find_template
+from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llava_jax.errors import Refused, UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "conversations"
@@ -180,7 +172,7 @@ def test_a_tokenizers_truncation_and_padding_are_switched_off(needs: Needs, tmp_
         change(changed)
         changed.save(str(tmp_path / "tokenizer.json"))
         text = "Which colour is this picture, and are you sure?"
-        np.testing.assert_array_equal(Tokenizer(str(tmp_path)).encode(text).ids, needs.tokenizer.encode(text).ids)
+        np.testing.assert_array_equal(open_tokenizer(str(tmp_path)).encode(text).ids, needs.tokenizer.encode(text).ids)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +191,7 @@ def test_a_broken_tokenizer_is_named(needs: Needs, tmp_path: Path, name: str, co
     shutil.copytree(needs.tokenizer.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
-        Tokenizer(str(tmp_path))
+        open_tokenizer(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +206,7 @@ def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     # Without `add_bos_token` transformers 5 saves a tokenizer that opens no sequence with BOS.
     LlamaTokenizer.from_pretrained(source, legacy=False, add_bos_token=True).save_pretrained(target)
-    return Tokenizer(str(target))
+    return open_tokenizer(str(target))
 
 
 def _golden() -> list[dict]:
