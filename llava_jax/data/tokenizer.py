@@ -150,8 +150,8 @@ class FastTokenizer(Tokenizer):
         opening = self._tokenizer.encode("").ids
         bos = config.get("bos_token")
         self.bos_id = opening[0] if opening and bos and opening[0] == self._id(bos, "bos_token") else None
-        is_llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-        self.legacy = bool(config.get("legacy", True)) if is_llama else None
+        # No fast tokenizer had such a setting when the original was written.
+        self.legacy = None
 
     @functools.cached_property
     def _tokenizer(self) -> "tokenizers.Tokenizer":

@@ -23,7 +23,7 @@ from llava_jax.data.conversation import (
 from llava_jax.data.records import Turn, parse_record
 from llava_jax.data.templates import TEMPLATES, chatml, dialogue, find_template, instruct, lines, paragraphs
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.errors import Refused
+from llava_jax.errors import Refused, UserError
 from llava_jax.inference.stopping import Keywords
 from tests.conformance.report import Case, expect_fields, not_built, reads
 from tests.conformance.tokenizers import named_tokenizer
@@ -125,8 +125,12 @@ def _difference(record: dict, conversation: dict) -> str | None:
         return "<|im_end|> masks that drift"
     if not texts[-1]:
         return "an empty answer trained on"
+    if len(record["input_ids"]) >= record["model_max_length"]:
+        return "no mismatch looked for in what the model's length cuts"
     if record["source"] == "llava_next" and any(text.startswith(IMAGE_MARK) for text in texts):
         return "a picture in front left as it stands"
+    if record["source"] == "llava_next" and any("QA_GT_caption_based_noisy" in text for text in texts):
+        return "words of one data set deleted"
     return None
 
 
@@ -154,9 +158,7 @@ def test_conversation(case: Case, under_original: Callable[[str], None]):
             and (default.is_answer == kept).all()
             and "labels_other" not in record
         )
-    except (Refused, Exception) as error:
-        if not isinstance(error, Refused) and record["version"] in TEMPLATES:
-            raise
+    except (Refused, UserError):
         is_same = False
     if is_same:
         return
@@ -227,8 +229,10 @@ def test_prompt(case: Case):
         text = message
         if isinstance(message, dict):
             expect_fields(message, "image_tuple", "text")
-            text = message["text"].replace(IMAGE_MARK, "").strip() if i == 0 else message["text"]
-            unplaced += i == 0
+            text = message["text"]
+            # Only a conversation's very first message is looked at; where examples open it, the text stands.
+            if i == 0 and not template.examples:
+                text, unplaced = text.replace(IMAGE_MARK, "").strip(), 1
         turns.append(Turn("assistant" if i % 2 else "user", text or ""))
     if record["error"] is not None:
         with pytest.raises(Refused):
