@@ -10,7 +10,16 @@ from pathlib import Path
 from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
 
 CHATML = ("<|im_start|>", "<|im_end|>")
-SP32K = "conversations/tokenizers/sp32k"
+
+
+def _sp32k(root: Path) -> Path:
+    """The 32k sentencepiece model of the recordings; a directory without it leaves it to the package it came from."""
+    path = root / "conversations" / "tokenizers" / "sp32k" / "tokenizer.model"
+    if path.is_file():
+        return path
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
 @functools.cache
@@ -25,11 +34,11 @@ def named_tokenizer(root: Path, name: str, added: tuple[str, ...] = ()) -> Token
     if base == "fast":
         config |= {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
         config["unk_token"] = "<unk>"
-        _write_fast(root / SP32K / "tokenizer.model", folder / "tokenizer.json", special)
+        _write_fast(_sp32k(root), folder / "tokenizer.json", special)
     else:
         assert base in ("slow_legacy_false", "slow_legacy_true"), f"unknown tokenizer {name}"
         config["legacy"] = base == "slow_legacy_true"
-        shutil.copyfile(root / SP32K / "tokenizer.model", folder / "tokenizer.model")
+        shutil.copyfile(_sp32k(root), folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return open_tokenizer(str(folder), added)
 
