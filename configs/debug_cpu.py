@@ -3,9 +3,9 @@ r"""The whole path at toy size, with random weights and generated data: needs no
 llava-jax train --config configs/debug_cpu.py --workdir runs/debug
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.generated import temporary_data
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.sizes import DEBUG
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

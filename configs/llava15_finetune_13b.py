@@ -5,8 +5,8 @@ r"""LLaVA-1.5 stage 2: tune projector and Vicuna-13B on the 665k mix; the tower 
 Numbers: scripts/v1_5/finetune.sh of the original.
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.sizes import LLAVA_15_13B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

@@ -5,8 +5,8 @@ r"""LLaVA-1.5 stage 1: align CLIP with Vicuna-13B by training the projector alon
 Numbers: scripts/v1_5/pretrain.sh of the original, which prepares pictures without padding in this stage.
 """
 
-from llava_jax.data.conversation import PLAIN
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import PLAIN
 from llava_jax.sizes import LLAVA_15_13B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

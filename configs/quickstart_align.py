@@ -6,8 +6,8 @@ The decoder can read by now (configs/quickstart_decoder.py), so the projector le
 what the decoder would have read.
 """
 
-from llava_jax.data.conversation import PLAIN
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import PLAIN
 from llava_jax.sizes import QUICKSTART_LLAVA
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

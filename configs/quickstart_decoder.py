@@ -6,8 +6,8 @@ A caption stands in the picture's place. A decoder that starts stage 2 from noth
 to hold a word of the question against the picture, so that yes or no stays a guess.
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.sizes import QUICKSTART_LLAVA
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

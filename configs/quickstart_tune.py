@@ -3,8 +3,8 @@ r"""Quickstart, stage 2: train projector and decoder on conversations; the tower
 llava-jax train --config configs/quickstart_tune.py --workdir runs/quickstart/tune
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.sizes import QUICKSTART_LLAVA
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

@@ -11,7 +11,6 @@ from tqdm import tqdm
 import llava_jax
 from llava_jax.convert.card import ModelCard, read_card
 from llava_jax.convert.folder import TOKENIZER, read_parameters, write_model_folder
-from llava_jax.data.conversation import V1
 from llava_jax.data.easy_vqa import (
     Question,
     by_picture,
@@ -24,6 +23,7 @@ from llava_jax.data.easy_vqa import (
 )
 from llava_jax.data.records import Turn
 from llava_jax.data.small_tokenizer import train_tokenizer
+from llava_jax.data.templates import V1
 from llava_jax.drawing import draw_answers, draw_losses
 from llava_jax.errors import UserError
 from llava_jax.inference.generate import Sampling, generate

@@ -13,7 +13,7 @@ import pytest
 
 from llava_jax.data.generated import generate_data
 from llava_jax.data.rows import Needs
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import open_tokenizer
 from tests.tiny import LLAVA
 
 NUM_RECORDS = 60
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def needs(data: Path) -> Needs:
     return Needs(
-        tokenizer=Tokenizer(str(data / "tokenizer")),
+        tokenizer=open_tokenizer(str(data / "tokenizer")),
         image_root=str(data / "pictures"),
         image_size=LLAVA.vision.image_size,
         image_slots=LLAVA.num_features,

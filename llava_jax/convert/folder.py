@@ -21,7 +21,13 @@ from llava_jax.models.parameters import Parameters, part
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer"
 # What a tokenizer is, in transformers' folders; other files of a source folder are left behind.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
 
 
 def write_model_folder(folder: str, card: ModelCard, params: Mapping[str, Any], *, tokenizer: str, source: str) -> None:

@@ -16,7 +16,7 @@ SHOWN = 3
 
 def check_records(path: str, rows: RowFormat, needs: Needs) -> dict[str, list[str]]:
     """The details of every refused record by reason; nothing is written or cached."""
-    records = RecordFile(path, find_spans(path))
+    records = RecordFile(path, find_spans(path), as_written=rows.as_written)
     refused: dict[str, list[str]] = collections.defaultdict(list)
     for i in tqdm(range(len(records)), desc=f"checking {path}", unit="record", disable=None, file=sys.stderr):
         try:

@@ -54,7 +54,7 @@ def load_index(path: str, rows: RowFormat, needs: Needs, cache: Path) -> Index:
     stored = cache / f"index-{fingerprint[:16]}.npz"
     if stored.is_file():
         try:
-            index = _read(stored, path, fingerprint)
+            index = _read(stored, path, fingerprint, as_written=rows.as_written)
             # Refused records are looked at again: their pictures may have been mended, and they are few.
             if all(_size(index.records, i, rows, needs)[1] == detail for i, detail in index.refused.items()):
                 return index
@@ -79,7 +79,7 @@ def check_refusals(index: Index, max_refused: float) -> None:
 
 
 def _measure(path: str, rows: RowFormat, needs: Needs, fingerprint: str) -> Index:
-    records = RecordFile(path, find_spans(path))
+    records = RecordFile(path, find_spans(path), as_written=rows.as_written)
     tokens, tiles = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
     refused: dict[int, str] = {}
     for i in tqdm(range(len(records)), desc=f"measuring {Path(path).name}", unit="record", disable=None, leave=False):
@@ -122,11 +122,11 @@ def _write(stored: Path, index: Index) -> None:
     os.replace(file.name, stored)
 
 
-def _read(stored: Path, path: str, fingerprint: str) -> Index:
+def _read(stored: Path, path: str, fingerprint: str, *, as_written: bool) -> Index:
     with np.load(stored, allow_pickle=False) as arrays:
         refused = {int(i): detail for i, detail in json.loads(arrays["refused"].tobytes()).items()}
         return Index(
-            records=RecordFile(path, arrays["spans"]),
+            records=RecordFile(path, arrays["spans"], as_written=as_written),
             tokens=arrays["tokens"],
             tiles=arrays["tiles"],
             refused=refused,

@@ -30,10 +30,11 @@ class Record(NamedTuple):
     turns: tuple[Turn, ...]
 
 
-def parse_record(value: Any) -> Record:
+def parse_record(value: Any, *, as_written: bool = False) -> Record:
     """Checks one JSON value against the format of the original (`docs/Finetune_Custom_Data.md` there).
 
-    A conversation that opens with the assistant loses that turn, as in `preprocess_v1` of the original.
+    A conversation that opens with the assistant loses that turn, as in `preprocess_v1` of the original; `as_written`
+    leaves this, and whether turns alternate, to the caller.
 
     Raises:
       Refused: with the reason `malformed`.
@@ -51,6 +52,8 @@ def parse_record(value: Any) -> Record:
     if not isinstance(conversations, list) or not conversations:
         raise Refused("malformed", f"'conversations' must be a list of turns; got {_show(conversations)}")
     turns = [_parse_turn(turn) for turn in conversations]
+    if as_written:
+        return Record(tuple(images), tuple(turns))
     if turns[0].role == "assistant":
         turns = turns[1:]
     for i, turn in enumerate(turns):
@@ -83,9 +86,10 @@ class RecordFile:
     Only the byte range of each record is kept; pickling one ships a path and two integers per record.
     """
 
-    def __init__(self, path: str, spans: Int[np.ndarray, "n 2"]):
+    def __init__(self, path: str, spans: Int[np.ndarray, "n 2"], *, as_written: bool = False):
         self.path = path
         self.spans = spans
+        self.as_written = as_written
         self._file: int | None = None
 
     def __len__(self) -> int:
@@ -98,12 +102,13 @@ class RecordFile:
             self._file = os.open(self.path, os.O_RDONLY)
         start, end = map(int, self.spans[index])
         try:
-            return parse_record(json.loads(os.pread(self._file, end - start, start)))
+            value = json.loads(os.pread(self._file, end - start, start))
+            return parse_record(value, as_written=self.as_written)
         except (ValueError, RecursionError) as error:
             raise Refused("malformed", f"not JSON: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "spans": self.spans, "_file": None}
+        return self.__dict__ | {"_file": None}
 
     def __del__(self) -> None:
         if self._file is not None:

@@ -7,7 +7,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN, Template, Tokenized, tokenize
+from llava_jax.data import compat as original
+from llava_jax.data.conversation import (
+    IM_END,
+    IM_PATCH,
+    IM_START,
+    IMAGE_MARK,
+    IMAGE_TOKEN,
+    Template,
+    Tokenized,
+    tokenize,
+)
 from llava_jax.data.images import ImageMode, decode, open_image, resolve
 from llava_jax.data.records import Record
 from llava_jax.data.tokenizer import Tokenizer
@@ -45,7 +55,9 @@ class Conversations:
     """Rows of `length` tokens and `tiles` pictures, filled with whole conversations.
 
     `overflow` says what happens to a conversation that is longer than a row: `refuse` it, or cut its `text`
-    (never through a picture, and never all of its answers).
+    (never through a picture, and never all of its answers). `mm_use_im_start_end` frames every picture by
+    `<im_start>` and `<im_end>`; that and `mm_use_im_patch_token` add tokens (`added_tokens`), both as the original's
+    options of these names. `compat` repeats the original where it is wrong, see `docs/compat.md`.
     """
 
     template: Template
@@ -53,6 +65,9 @@ class Conversations:
     tiles: int
     image_mode: ImageMode = "pad"
     overflow: Literal["refuse", "text"] = "refuse"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    compat: original.Compat | None = None
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.tiles < 0:
@@ -61,6 +76,16 @@ class Conversations:
     @property
     def capacity(self) -> Size:
         return Size(self.length, self.tiles)
+
+    @property
+    def as_written(self) -> bool:
+        """Whether records come with all of their turns, alternating or not."""
+        return self.compat is not None
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer needs besides its own tokens, in the order in which the original adds it."""
+        return (IM_PATCH,) * self.mm_use_im_patch_token + (IM_START, IM_END) * self.mm_use_im_start_end
 
     def measure(self, record: Record, needs: Needs) -> Size:
         """What the record takes; raises `Refused` for everything that its text and picture headers show."""
@@ -72,8 +97,14 @@ class Conversations:
         """Ids and answer mask of one record, cut to the row if the overflow policy says so."""
         if len(record.images) > self.tiles:
             raise Refused("too many pictures", f"{len(record.images)} pictures; a row has room for {self.tiles}")
-        spans = self.template.render(record.turns)
-        tokens, is_answer = tokenize(spans, needs.tokenizer, [needs.image_slots] * len(record.images))
+        template = self.template.framed() if self.mm_use_im_start_end else self.template
+        slots = [needs.image_slots] * len(record.images)
+        if self.compat is None:
+            tokens, is_answer = tokenize(template.teach(template.arrange(record.turns)), needs.tokenizer, slots)
+        else:
+            tokens, is_answer = original.tokenize(
+                template, record.turns, needs.tokenizer, slots, length=self.length, compat=self.compat
+            )
         if len(tokens) > self.length:
             if self.overflow == "refuse":
                 raise Refused("too long", f"{len(tokens)} tokens; a row has room for {self.length}")
@@ -90,7 +121,7 @@ class Conversations:
         tokens, is_answer = self.tokenize(record, needs)
         images = [
             decode(open_image(resolve(needs.image_root, name)), size=needs.image_size, mode=self.image_mode)
-            for name in record.images
+            for name in record.images[: np.count_nonzero(tokens == IMAGE_TOKEN) // needs.image_slots]
         ]
         return Example(tokens, is_answer, images)
 
@@ -174,6 +205,14 @@ class Captions:
     @property
     def capacity(self) -> Size:
         return Size(1, 1)
+
+    @property
+    def as_written(self) -> bool:
+        return False
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        return ()
 
     def measure(self, record: Record, needs: Needs) -> Size:
         if len(record.images) != 1 or len(record.turns) != 2:

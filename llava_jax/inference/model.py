@@ -13,10 +13,11 @@ from PIL import Image
 
 from llava_jax.convert.card import read_card
 from llava_jax.convert.folder import TOKENIZER, check_parameters, read_parameters
-from llava_jax.data.conversation import IMAGE_MARK, Span, Template, find_template, tokenize
+from llava_jax.data.conversation import IMAGE_MARK, Span, Template, marked, tokenize
 from llava_jax.data.images import ImageMode, decode, open_image
 from llava_jax.data.records import Turn
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import find_template
+from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llava_jax.errors import CheckpointError, Refused, UserError
 from llava_jax.models.build import structure
 from llava_jax.models.parameters import Parameters
@@ -58,15 +59,17 @@ class Processor:
         """A conversation whose last turn is the assistant's, without the words that would close it."""
         *given, last = self._render(turns, images)
         answer = Span(last.text.removesuffix(self._known_template().ends[1]), last.is_answer)
-        return self._encode([*(Span(span.text) for span in given), answer], images)
+        return self._encode([*(span._replace(is_answer=False) for span in given), answer], images)
 
     def raw(self, text: str, images: Sequence[Image.Image], *, answer: str = "") -> Prompt:
         """The text as it stands, `<image>` marks included; the tokenizer's own opening is added."""
-        return self._encode([Span(text), Span(answer, is_answer=True)], images)
+        return self._encode([*marked(text), Span(answer, is_answer=True)], images)
 
     def _render(self, turns: Sequence[Turn], images: Sequence[Image.Image], *, opened: bool = False) -> list[Span]:
+        template = self._known_template()
+        is_placed = any(IMAGE_MARK in turn.text for turn in turns if turn.role == "user")
         try:
-            return self._known_template().render(self._marked(turns, images), opened=opened)
+            return template.render(template.arrange(turns, unplaced=0 if is_placed else len(images)), opened=opened)
         except Refused as refusal:
             raise UserError(f"{refusal.detail}. Choose another template.") from None
 
@@ -74,13 +77,6 @@ class Processor:
         if self.template is None:
             raise UserError("This model does not say which conversation template it was trained with; give --conv.")
         return self.template
-
-    def _marked(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[Turn]:
-        """Pictures that the text does not place come before the first question."""
-        if any(IMAGE_MARK in turn.text for turn in turns):
-            return list(turns)
-        first, *others = turns
-        return [Turn(first.role, f"{IMAGE_MARK}\n" * len(images) + first.text), *others]
 
     def _encode(self, spans: Sequence[Span], images: Sequence[Image.Image]) -> Prompt:
         try:
@@ -114,7 +110,7 @@ def load(path: str, *, template: str | None = None) -> tuple[Model, Processor]:
         graphdef=graphdef,
         params={name: jnp.asarray(value, jnp.float32) for name, value in params.items()},
     )
-    tokenizer = Tokenizer(str(Path(path, TOKENIZER)))
+    tokenizer = open_tokenizer(str(Path(path, TOKENIZER)))
     if tokenizer.vocab_size > card.model.text.vocab_size:
         raise CheckpointError(
             f"Every token must have an embedding; the tokenizer of {path!r} has vocab_size={tokenizer.vocab_size}, "

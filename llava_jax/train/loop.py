@@ -19,7 +19,7 @@ from llava_jax.data.index import Index, check_refusals, load_index
 from llava_jax.data.pipeline import Batch, RowReader, read_batches
 from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.rows import Conversations, Needs
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError, NumericsError, Preempted, UserError
 from llava_jax.models.attention import attend_xla
 from llava_jax.shapes import LlavaConfig
@@ -132,7 +132,7 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
 def data_needs(config: TrainConfig) -> Needs:
     """What turning a config's records into arrays needs of its model and tokenizer."""
     data, model = config.data, config.model
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = open_tokenizer(data.tokenizer, data.rows.added_tokens)
     vocabulary = model.text.vocab_size if isinstance(model, LlavaConfig) else model.caption.vocab_size
     if tokenizer.vocab_size > vocabulary:
         raise UserError(
@@ -247,6 +247,8 @@ def _describe(config: TrainConfig, workdir: str) -> None:
     rows = config.data.rows
     template = rows.template.name if isinstance(rows, Conversations) else None
     copy_tokenizer(config.data.tokenizer, Path(workdir, TOKENIZER))
+    if rows.added_tokens:
+        open_tokenizer(config.data.tokenizer, rows.added_tokens).save(Path(workdir, TOKENIZER))
     label = f"trained: {', '.join(config.trainable)}"
     write_card(workdir, ModelCard(model=config.model, template=template, image_mode=rows.image_mode, label=label))
     temporary = Path(workdir, "config.json.tmp")

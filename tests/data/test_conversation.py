@@ -1,40 +1,22 @@
 """Templates, masks from spans, and the ids that the original recorded."""
 
-import importlib.resources
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import (
-    IMAGE_TOKEN,
-    PLAIN,
-    TEMPLATES,
-    V1,
-    Span,
-    find_template,
-    move_image_first,
-    tokenize,
-)
-from llava_jax.data.records import Turn, parse_record
+from llava_jax.data.conversation import IMAGE_TOKEN, Span, Template, marked, move_image_first, tokenize
+from llava_jax.data.records import Turn
 from llava_jax.data.rows import Needs
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import PLAIN, TEMPLATES, V1, find_template
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import Refused, UserError
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "conversations"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-# What the recorded ids of these conversations need: (a) sentencepiece itself, since the fast tokenizer that
-# transformers 5 makes of the same file splits runs of spaces in another way; (b) is our decision (DESIGN.md): every
-# picture is used, and neither an empty answer nor a mark without a picture is trained on.
-SENTENCEPIECE = {("v1", "o03_image_middle"), ("v1", "o07_whitespace"), ("plain", "o07_whitespace")}
-SENTENCEPIECE |= {("v1", "o13_caption"), ("v1", "o18_newlines_only")}
-DECIDED = {("plain", "o06_two_images"), ("v1", "o06_two_images"), ("plain", "o11_empty_answer")}
-DECIDED |= {("v1", "o14_no_key_but_token")}
 
 
 def _turns(*texts: str) -> list[Turn]:
@@ -56,7 +38,9 @@ def test_v1_renders_the_words_of_the_original():
     spans = V1.render(_turns("<image>\nIs it raining?", "Yes.", "Sure?", "Quite."))
     assert spans == [
         Span(SYSTEM),
-        Span("USER: <image>\nIs it raining? "),
+        Span("USER: "),
+        Span("<image>", is_picture=True),
+        Span("\nIs it raining? "),
         Span("ASSISTANT:"),
         Span(" Yes.</s>", is_answer=True),
         Span("USER: Sure? "),
@@ -71,24 +55,24 @@ def test_an_opened_v1_prompt_ends_where_the_answer_begins():
 
 
 def test_plain_renders_the_picture_and_the_caption_whatever_was_asked():
-    spans = PLAIN.render(_turns("Give a brief description.\n<image>", "a red bus"))
-    assert spans == [Span("<image>"), Span("a red bus\n", is_answer=True)]
+    spans = PLAIN.teach(_turns("Give a brief description.\n<image>", "a red bus"))
+    assert spans == [Span("<image>", is_picture=True), Span("a red bus\n", is_answer=True)]
 
 
 def test_plain_refuses_a_dialogue():
     with pytest.raises(Refused, match="one question and one answer; got 4 turns"):
-        PLAIN.render(_turns("<image>", "a", "b", "c"))
+        PLAIN.teach(_turns("<image>", "a", "b", "c"))
 
 
 def test_an_unknown_template_is_refused_by_name():
     assert find_template("v1") is V1
     assert find_template("plain") is PLAIN
-    with pytest.raises(UserError, match="'vicuna'; choose one of v1, plain"):
+    with pytest.raises(UserError, match="'vicuna'; choose one of v1, plain, "):
         find_template("vicuna")
 
 
 def test_a_mark_widens_to_its_slots(needs: Needs):
-    tokens, is_answer = tokenize([Span("<image>\nHi? "), Span("Yes", is_answer=True)], needs.tokenizer, [3])
+    tokens, is_answer = tokenize([*marked("<image>\nHi? "), Span("Yes", is_answer=True)], needs.tokenizer, [3])
     assert tokens[0] == needs.tokenizer.bos_id
     np.testing.assert_array_equal(tokens[1:4], [IMAGE_TOKEN] * 3)
     assert needs.tokenizer.decode(tokens[4:].tolist()) == "\nHi? Yes"
@@ -96,7 +80,7 @@ def test_a_mark_widens_to_its_slots(needs: Needs):
 
 
 def test_every_picture_has_its_own_number_of_slots(needs: Needs):
-    tokens, _ = tokenize([Span("<image>a<image>")], needs.tokenizer, [2, 1])
+    tokens, _ = tokenize(marked("<image>a<image>"), needs.tokenizer, [2, 1])
     np.testing.assert_array_equal(tokens == IMAGE_TOKEN, [False, True, True, False, True])
 
 
@@ -105,7 +89,7 @@ def test_every_picture_has_its_own_number_of_slots(needs: Needs):
 )
 def test_marks_and_pictures_must_agree(needs: Needs, text: str, slots: list[int]):
     with pytest.raises(Refused) as refusal:
-        tokenize([Span(text)], needs.tokenizer, slots)
+        tokenize(marked(text), needs.tokenizer, slots)
     assert refusal.value.reason == "image count"
 
 
@@ -154,16 +138,55 @@ def test_imitated_separators_do_not_shift_the_mask(needs: Needs, seed: int):
         assert decoder.decode(list(map(int, text)), skip_special_tokens=False) == everything
 
 
-def test_an_answer_that_names_the_mark_is_refused(needs: Needs):
-    spans = V1.render(_turns("<image>\nHow do you mark a picture?", "With <image>, as I said."))
-    with pytest.raises(Refused, match="2 <image> marks in the text for 1 pictures"):
-        tokenize(spans, needs.tokenizer, [2])
-
-
-def test_a_picture_inside_an_answer_is_not_trained_on(needs: Needs):
-    tokens, is_answer = tokenize([Span("Q:"), Span(" a<image>b", is_answer=True)], needs.tokenizer, [2])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_mark_in_an_answer_is_a_word_of_the_answer(needs: Needs, template: Template):
+    turns = _turns("How do you mark it? <image>", "With <image>, as I said.")
+    tokens, is_answer = tokenize(template.teach(template.arrange(turns)), needs.tokenizer, [2])
+    assert (tokens == IMAGE_TOKEN).sum() == 2
     assert not is_answer[tokens == IMAGE_TOKEN].any()
-    assert needs.tokenizer.decode(tokens[is_answer].tolist()) == " ab"
+    assert needs.tokenizer.decode(tokens[is_answer].tolist()).strip().startswith("With <image>, as I said.")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_every_template_trains_its_answers_and_what_closes_them(needs: Needs, template: Template):
+    closing = {"###": "\n###", "\n": "\n"}.get(template.ends[1], template.ends[1])
+    turns = _turns("<image>\nIs it?", "Yes USER: </s> ###") + _turns("Sure?", "[/INST] quite") * (
+        template.name[-5:] != "plain"
+    )
+    tokens, is_answer = tokenize(template.teach(template.arrange(turns)), needs.tokenizer, [2])
+    trained = needs.tokenizer._tokenizer.decode(tokens[is_answer].tolist(), skip_special_tokens=False)
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    assert [part.strip() for part in _cut(trained, answers)] == [closing.strip()] * len(answers)
+
+
+def _cut(text: str, answers: list[str]) -> list[str]:
+    """What follows each answer in `text`, which holds them in this order."""
+    ends = []
+    for answer in answers:
+        end, text = text.split(answer, 1)
+        ends.append(end)
+    return [*ends[1:], text]
+
+
+def test_a_tagged_template_writes_its_tag_around_every_picture():
+    template = TEMPLATES["v1_mmtag"]
+    (turn,) = template.arrange(_turns("What? <image>"))
+    assert turn.text == "<Image><image></Image>\nWhat?"
+    assert template.framed().arrange(_turns("<image>"))[0].text == "<Image><im_start><image><im_end></Image>"
+    assert V1.framed().arrange(_turns("a <image> b"))[0].text == "<im_start><image><im_end>\na  b"
+
+
+def test_pictures_beside_the_text_come_first():
+    assert V1.arrange(_turns("Which?"), unplaced=2)[0].text == "<image>\n<image>\nWhich?"
+    opening = TEMPLATES["v1_mmtag"].arrange(_turns("Which?"), unplaced=1)
+    assert [turn.text for turn in opening] == ["<Image><image></Image>", "Received.", "Which?"]
+
+
+def test_only_prompts_open_with_the_examples():
+    template = TEMPLATES["v0"]
+    assert "renewable" in "".join(span.text for span in template.render(_turns("Hi?"), opened=True))
+    lesson = "".join(span.text for span in template.teach(_turns("Hi?", "Yes.")))
+    assert lesson == f"{template.system}\n\n### Human: Hi?\n### Assistant: Yes.\n### "
 
 
 def test_an_empty_answer_is_not_trained_on(needs: Needs):
@@ -180,7 +203,7 @@ def test_a_tokenizers_truncation_and_padding_are_switched_off(needs: Needs, tmp_
         change(changed)
         changed.save(str(tmp_path / "tokenizer.json"))
         text = "Which colour is this picture, and are you sure?"
-        np.testing.assert_array_equal(Tokenizer(str(tmp_path)).encode(text).ids, needs.tokenizer.encode(text).ids)
+        np.testing.assert_array_equal(open_tokenizer(str(tmp_path)).encode(text).ids, needs.tokenizer.encode(text).ids)
 
 
 @pytest.mark.parametrize(
@@ -199,42 +222,4 @@ def test_a_broken_tokenizer_is_named(needs: Needs, tmp_path: Path, name: str, co
     shutil.copytree(needs.tokenizer.folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
-        Tokenizer(str(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """What transformers makes of the 32k sentencepiece model that the recordings used (`legacy=False`)."""
-    package = pytest.importorskip("mistral_common")
-    from transformers import LlamaTokenizer
-
-    source, target = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("tokenizer")
-    shutil.copy(str(importlib.resources.files(package) / "data" / "tokenizer.model.v1"), source / "tokenizer.model")
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
-    # Without `add_bos_token` transformers 5 saves a tokenizer that opens no sequence with BOS.
-    LlamaTokenizer.from_pretrained(source, legacy=False, add_bos_token=True).save_pretrained(target)
-    return Tokenizer(str(target))
-
-
-def _golden() -> list[dict]:
-    records = [json.loads(line) for line in (GOLDEN / "records.jsonl").read_text().splitlines()]
-    return [r for r in records if (r["version"], r["conv_id"]) not in SENTENCEPIECE | DECIDED]
-
-
-@pytest.mark.parametrize("golden", _golden(), ids=lambda r: f"{r['version']}-{r['conv_id']}")
-def test_ids_and_labels_are_those_that_the_original_recorded(sentencepiece_tokenizer: Tokenizer, golden: dict):
-    inputs = {conversation["id"]: conversation for conversation in json.loads((GOLDEN / "inputs.json").read_text())}
-    record = parse_record({"conversations": inputs[golden["conv_id"]]["conversations"]})
-    spans = TEMPLATES[golden["version"]].render(record.turns)
-    marks = "".join(span.text for span in spans).count("<image>")
-    tokens, is_answer = tokenize(spans, sentencepiece_tokenizer, [1] * marks)
-    np.testing.assert_array_equal(tokens, golden["input_ids"])
-    kept = np.zeros(len(tokens), bool)
-    for start, end in golden["labels_keep"]:
-        kept[start:end] = True
-    np.testing.assert_array_equal(is_answer, kept)
-
-
-def test_most_recordings_are_compared():
-    assert len(_golden()) == 17
+        open_tokenizer(str(tmp_path))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from llava_jax.data import index as index_module
-from llava_jax.data.conversation import PLAIN, V1
 from llava_jax.data.index import Index, check_refusals, load_index
 from llava_jax.data.plan import Plan, make_plan, pack
 from llava_jax.data.records import RecordFile
 from llava_jax.data.rows import Augment, Captions, Conversations, Needs, Size
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import PLAIN, V1
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import DataError
 
 ROWS = Conversations(template=V1, length=256, tiles=4)
@@ -241,7 +241,7 @@ def copied(data: Path, tmp_path: Path) -> Path:
 def _needs(folder: Path, **changes) -> Needs:
     return Needs(
         **{
-            "tokenizer": Tokenizer(str(folder / "tokenizer")),
+            "tokenizer": open_tokenizer(str(folder / "tokenizer")),
             "image_root": str(folder / "pictures"),
             "image_size": 16,
             "image_slots": 4,

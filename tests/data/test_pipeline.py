@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.index import load_index
 from llava_jax.data.pipeline import Batch, RowReader, read_batches
 from llava_jax.data.plan import make_plan
 from llava_jax.data.rows import Augment, Captions, Conversations, Needs
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import V1
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import DataError
 
 ROWS = Conversations(template=V1, length=256, tiles=4)
@@ -24,7 +24,10 @@ def _reader(
     data: Path, *, rows=ROWS, first_step: int = 0, process: int = 0, num_processes: int = 1, **batch
 ) -> RowReader:
     needs = Needs(
-        tokenizer=Tokenizer(str(data / "tokenizer")), image_root=str(data / "pictures"), image_size=16, image_slots=4
+        tokenizer=open_tokenizer(str(data / "tokenizer")),
+        image_root=str(data / "pictures"),
+        image_size=16,
+        image_slots=4,
     )
     index = load_index(str(data / "records.json"), rows, needs, data / "cache")
     settings = {"batch_rows": None, "batch_records": None, "epochs": None, "steps": None}

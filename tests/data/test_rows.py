@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.data.conversation import IMAGE_TOKEN, PLAIN, V1
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Record, Turn, parse_record
 from llava_jax.data.rows import Augment, Captions, Conversations, Example, Needs, Size
+from llava_jax.data.templates import PLAIN, V1
 from llava_jax.errors import Refused
 
 IMG = IMAGE_TOKEN

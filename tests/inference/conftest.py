@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import V1
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.templates import V1
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.inference.model import Model, Processor
 from llava_jax.models.build import random_parameters, structure
 from tests.tiny import LLAVA
@@ -39,7 +39,7 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def processor(data: Path) -> Processor:
     return Processor(
-        tokenizer=Tokenizer(str(data / "tokenizer")),
+        tokenizer=open_tokenizer(str(data / "tokenizer")),
         template=V1,
         image_mode="square",
         image_size=SMALL.vision.image_size,

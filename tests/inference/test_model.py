@@ -11,8 +11,9 @@ from PIL import Image
 
 from llava_jax.convert.card import ModelCard
 from llava_jax.convert.folder import write_model_folder
-from llava_jax.data.conversation import IMAGE_TOKEN, PLAIN, V1
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Turn
+from llava_jax.data.templates import PLAIN, V1
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.inference.generate import Sampling, generate
 from llava_jax.inference.model import Model, Processor, load, read_images

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.data.conversation import IMAGE_TOKEN, V1
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.rows import Conversations, Example, Needs
+from llava_jax.data.templates import V1
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.llava import place_features

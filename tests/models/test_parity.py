@@ -15,7 +15,7 @@ from flax import nnx
 from llava_jax.convert.folder import read_parameters
 from llava_jax.convert.layouts import from_huggingface
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.inference.generate import Sampling, generate
 from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.inference.score import score
@@ -239,7 +239,11 @@ def test_logits_loss_and_gradients_of_the_whole_llava_are_the_references(llava: 
 def test_greedy_answers_and_scores_are_the_references(llava: LlavaPair, data: Path):
     model = Model(config=SHORT, graphdef=llava.graphdef, params=llava.params)
     processor = Processor(
-        tokenizer=Tokenizer(str(data / "tokenizer")), template=None, image_mode="square", image_size=16, image_slots=16
+        tokenizer=open_tokenizer(str(data / "tokenizer")),
+        template=None,
+        image_mode="square",
+        image_size=16,
+        image_slots=16,
     )
     ids = llava.ids.numpy()
     tokens = np.where(ids == oracle.IMAGE_ID, IMAGE_TOKEN, ids).astype(np.int32)

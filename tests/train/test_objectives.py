@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.records import RecordFile, find_spans
 from llava_jax.data.rows import Conversations, Needs
+from llava_jax.data.templates import V1
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import bind
