@@ -1,17 +1,19 @@
 """Rows: the arrays of packed conversations and of caption pairs, by hand."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.data.anyres import one_tile
-from llava_jax.data.conversation import IMAGE_TOKEN, PLAIN, V1
+from llava_jax.data.anyres import AnyRes, one_tile
+from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN, PLAIN, V1
 from llava_jax.data.records import Record, Turn, parse_record
 from llava_jax.data.rows import Augment, Captions, Conversations, Example, Needs, Size
-from llava_jax.errors import Refused
+from llava_jax.errors import DataError, Refused
 from tests.tiny import make_example
 
 IMG = IMAGE_TOKEN
@@ -280,3 +282,104 @@ def test_what_a_shift_brings_in_is_the_colour_of_the_corners():
         shifted = Augment(shift=2)(image, np.random.default_rng(seed))
         assert set(shifted[[0, 0, -1, -1], [0, -1, 0, -1]].ravel()) <= {7, 200}
         assert (shifted == 200).sum() <= 12
+
+
+NEXT = AnyRes(pinpoints=((16, 32), (32, 16), (32, 32)), merge="spatial_unpad", rounding="original")
+
+
+@pytest.fixture
+def sized(needs: Needs, tmp_path: Path) -> Callable[..., tuple[Record, Needs]]:
+    """A record with pictures of these sizes, and where they lie."""
+
+    def make(*sizes: tuple[int, int], marks: int | None = None) -> tuple[Record, Needs]:
+        for i, size in enumerate(sizes):
+            pixels = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        question = IMAGE_MARK * (len(sizes) if marks is None else marks) + "What?"
+        names = tuple(f"{i}.png" for i in range(len(sizes)))
+        return Record(names, (Turn("user", question), Turn("assistant", "one"))), needs._replace(
+            image_root=str(tmp_path)
+        )
+
+    return make
+
+
+def test_pictures_of_any_size_take_the_slots_that_their_headers_say(sized):
+    rows = _rows(image_mode=NEXT, tiles=9, length=512)
+    record, needs = sized((20, 40), (40, 20), (9, 9))
+    example = rows.load(record, needs, RNG)
+    layouts = [NEXT.layout(size, 16, 16) for size in ((20, 40), (40, 20), (9, 9))]
+    assert [len(layout.patches) for layout in layouts] == [3, 3, 3]
+    assert rows.measure(record, needs) == Size(len(example.tokens), 9)
+    assert (example.tokens == IMG).sum() == sum(layout.num_slots for layout in layouts)
+
+
+def test_a_row_of_tiles_says_where_patches_and_newlines_land(sized):
+    rows = _rows(image_mode=NEXT, tiles=9, length=512)
+    first, needs = sized((20, 60))
+    text = _text_record(3)
+    examples = [rows.load(record, needs, RNG) for record in (text, first)]
+    row = rows.assemble(examples, needs)
+    at = len(examples[0].tokens)
+    layout = NEXT.layout((20, 60), 16, 16)
+    start = at + int(np.flatnonzero(examples[1].tokens == IMG)[0])
+    landed = row["patch_slots"][:3]
+    np.testing.assert_array_equal(landed[layout.patches >= 0], start + layout.patches[layout.patches >= 0])
+    assert (layout.patches < 0).any(), "this picture is padded"
+    np.testing.assert_array_equal(np.flatnonzero(row["is_newline"]), start + layout.newlines)
+    assert len(np.unique(row["patch_slots"])) == row["patch_slots"].size
+    assert (landed[layout.patches < 0] >= rows.length).all()
+    assert (row["patch_slots"][3:] >= rows.length).all()
+    assert not row["is_target"][start - 1 : start + layout.num_slots - 1].any()
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial"])
+def test_rows_without_newlines_say_nothing_of_them(merge, sized):
+    rows = _rows(image_mode=dataclasses.replace(NEXT, merge=merge), tiles=8)
+    record, needs = sized((20, 40))
+    row = rows.assemble([rows.load(record, needs, RNG)], needs)
+    assert "is_newline" not in row
+    assert (row["patch_slots"] < rows.length).sum() == 3 * 16
+
+
+def test_the_budget_of_a_row_counts_tiles(sized):
+    record, needs = sized((20, 40), (40, 40))
+    assert _rows(image_mode=NEXT, tiles=9, length=512).measure(record, needs).tiles == 8
+    with pytest.raises(Refused, match="8 tiles; a row has room for 7"):
+        _rows(image_mode=NEXT, tiles=7, length=512).measure(record, needs)
+
+
+def test_a_picture_that_grew_since_it_was_measured_is_noticed(sized):
+    rows = _rows(image_mode=NEXT, tiles=3)
+    record, needs = sized((20, 40))
+    rows.measure(record, needs)
+    sized((40, 40))
+    with pytest.raises(Refused, match="5 tiles; a row has room for 3"):
+        rows.load(record, needs, RNG)
+    # Two records that shared a row when they were measured.
+    wide = dataclasses.replace(rows, tiles=5)
+    with pytest.raises(DataError, match=r"5 tiles; they take Size\(.*remove the workdir's cache/"):
+        wide.assemble([wide.load(record, needs, RNG)] * 2, needs)
+
+
+def test_compat_original_cuts_through_pictures_and_ignores_those_without_a_mark(sized):
+    record, needs = sized((16, 16), (16, 16), marks=1)
+    with pytest.raises(Refused, match="1 <image> marks in the text for 2 pictures"):
+        _rows().measure(record, needs)
+    rows = _rows(compat="original")
+    example = rows.load(record, needs, RNG)
+    assert (example.tokens == IMG).sum() == 16
+    assert len(example.images) == 2
+    assert (example.patch_slots[1] == -1).all()
+    record, needs = sized((16, 16))
+    hello = (Turn("user", "Hi."), Turn("assistant", "one"))
+    reordered = Record(record.images, (*hello, *record.turns))
+    whole = _rows(length=4096).load(reordered, needs, RNG)
+    length = int(np.flatnonzero(whole.tokens == IMG)[5])
+    with pytest.raises(Refused, match="would cut a picture"):
+        _rows(length=length, overflow="text").load(reordered, needs, RNG)
+    cut = _rows(length=length, compat="original").load(reordered, needs, RNG)
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
+    np.testing.assert_array_equal(cut.patch_slots, np.where(whole.patch_slots < length, whole.patch_slots, -1))
+    row = _rows(length=length, compat="original").assemble([cut], needs)
+    assert len(np.unique(row["patch_slots"])) == row["patch_slots"].size
