@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from llava_jax.convert import folder as module
 from llava_jax.convert.card import ModelCard, read_card, write_card
 from llava_jax.convert.folder import check_parameters, read_parameters, write_model_folder
+from llava_jax.data.anyres import AnyRes
 from llava_jax.errors import CheckpointError
 from llava_jax.inference.model import load
 from llava_jax.models.build import random_parameters, structure
@@ -59,6 +60,39 @@ def test_every_dtype_and_memory_order_survives(data: Path, tmp_path: Path, dtype
     params = {"a": value, "b": value.T, "c": value[::2], "d": value[0], "e": np.asarray(value[0, 0])}
     write_model_folder(str(tmp_path / "model"), CARD, params, tokenizer=str(data / "tokenizer"), source="test")
     _same(read_parameters(str(tmp_path / "model")), params)
+
+
+NEXT = dataclasses.replace(LLAVA, image_newline=True)
+ANYRES = AnyRes(pinpoints=((16, 32), (32, 16)), merge="spatial_unpad", rounding="huggingface")
+
+
+def test_a_card_keeps_the_resolutions_and_their_order(tmp_path: Path):
+    card = ModelCard(model=NEXT, template="v1", image_mode=ANYRES, label="next")
+    write_card(tmp_path, card)
+    assert read_card(tmp_path) == card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pinpoints": [[16, 20]]}, "multiples of the tower's image_size=16"),
+        ({"pinpoints": [[16, 32, 16]]}, "image_mode|pinpoints|argument"),
+        ({"pinpoints": [["16", 32]]}, "AnyRes.pinpoints must be"),
+        ({"pinpoints": []}, r"AnyRes\.pinpoints must hold pairs"),
+        ({"merge": "maxpool"}, "AnyRes.merge must be .*got 'maxpool'"),
+        ({"tiles": 3}, r"does not know \['tiles'\]"),
+    ],
+)
+def test_a_damaged_image_mode_is_refused(tmp_path: Path, change: dict, message: str):
+    write_card(tmp_path, ModelCard(model=NEXT, template="v1", image_mode=ANYRES, label="next"))
+    _edit(lambda card: card["image_mode"].update(change))(tmp_path / "model.json")
+    with pytest.raises(CheckpointError, match=message):
+        read_card(tmp_path)
+
+
+def test_a_model_without_newlines_cannot_end_rows_with_them():
+    with pytest.raises(ValueError, match="image_newline=False"):
+        ModelCard(model=LLAVA, template="v1", image_mode=ANYRES, label="next")
 
 
 @pytest.mark.parametrize("model", [LLAVA, CLIP], ids=["llava", "clip"])

@@ -27,7 +27,7 @@ def _reader(
         tokenizer=open_tokenizer(str(data / "tokenizer")),
         image_root=str(data / "pictures"),
         image_size=16,
-        image_slots=4,
+        num_features=4,
     )
     index = load_index(str(data / "records.json"), rows, needs, data / "cache")
     settings = {"batch_rows": None, "batch_records": None, "epochs": None, "steps": None}

@@ -1,17 +1,21 @@
 """Rows: the arrays of packed conversations and of caption pairs, by hand."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.anyres import AnyRes, one_tile
+from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN
 from llava_jax.data.records import Record, Turn, parse_record
 from llava_jax.data.rows import Augment, Captions, Conversations, Example, Needs, Size
 from llava_jax.data.templates import PLAIN, V1
-from llava_jax.errors import Refused
+from llava_jax.errors import DataError, Refused
+from tests.tiny import make_example
 
 IMG = IMAGE_TOKEN
 RNG = np.random.default_rng(0)
@@ -23,13 +27,13 @@ class _NoTokenizer:
     bos_id, eos_id = 1, 2
 
 
-def _needs(image_slots: int) -> Needs:
-    return Needs.__new__(Needs, _NoTokenizer(), ".", 2, image_slots)
+def _needs(num_features: int) -> Needs:
+    return Needs.__new__(Needs, _NoTokenizer(), ".", 2, num_features)
 
 
 def _example(tokens: list[int], answers: list[int], *shades: int) -> Example:
     images = [np.full((2, 2, 3), shade, np.uint8) for shade in shades]
-    return Example(np.array(tokens, np.int32), np.isin(np.arange(len(tokens)), answers), images)
+    return make_example(tokens, np.isin(np.arange(len(tokens)), answers), images)
 
 
 def _record(data: Path, number: int) -> Record:
@@ -101,7 +105,7 @@ def test_a_records_size_is_what_it_takes_in_a_row(data: Path, needs: Needs):
         size = rows.measure(record, needs)
         example = rows.load(record, needs, RNG)
         assert size == Size(len(example.tokens), len(example.images))
-        assert (example.tokens == IMG).sum() == size.tiles * needs.image_slots
+        assert (example.tokens == IMG).sum() == size.tiles * needs.num_features
 
 
 def test_pictures_lie_at_their_marks(data: Path, needs: Needs):
@@ -121,7 +125,7 @@ def _text_record(words: int) -> Record:
 
 def test_a_conversation_that_does_not_fit_is_refused(needs: Needs):
     record = _text_record(50)
-    length = len(_rows(length=4096).tokenize(record, needs).tokens)
+    length = len(_rows(length=4096).tokenize(record, [], needs).tokens)
     assert _rows(length=length).measure(record, needs).tokens == length
     with pytest.raises(Refused, match=f"{length} tokens; a row has room for {length - 1}") as refusal:
         _rows(length=length - 1).measure(record, needs)
@@ -130,35 +134,35 @@ def test_a_conversation_that_does_not_fit_is_refused(needs: Needs):
 
 def test_the_text_policy_cuts_the_end(needs: Needs):
     record = _text_record(50)
-    whole = _rows(length=4096).tokenize(record, needs)
-    cut = _rows(length=len(whole.tokens) - 9, overflow="text").tokenize(record, needs)
+    whole = _rows(length=4096).tokenize(record, [], needs)
+    cut = _rows(length=len(whole.tokens) - 9, overflow="text").tokenize(record, [], needs)
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:-9])
     np.testing.assert_array_equal(cut.is_answer, whole.is_answer[:-9])
 
 
 def test_the_text_policy_never_cuts_a_picture(data: Path, needs: Needs):
-    record = _record(data, 0)
-    tokens = _rows().tokenize(record, needs).tokens
+    record, layouts = _record(data, 0), [one_tile(needs.num_features)]
+    tokens = _rows().tokenize(record, layouts, needs).tokens
     last = int(np.flatnonzero(tokens == IMG)[-1])
     for length in (2, last - 3, last):
         with pytest.raises(Refused, match="would cut a picture"):
-            _rows(length=length, overflow="text").tokenize(record, needs)
+            _rows(length=length, overflow="text").tokenize(record, layouts, needs)
 
 
 def test_the_text_policy_never_cuts_all_answers(needs: Needs):
     record = _text_record(50)
-    first = int(np.flatnonzero(_rows(length=4096).tokenize(record, needs).is_answer)[0])
+    first = int(np.flatnonzero(_rows(length=4096).tokenize(record, [], needs).is_answer)[0])
     with pytest.raises(Refused, match="nothing to learn"):
-        _rows(length=first, overflow="text").tokenize(record, needs)
-    assert _rows(length=first + 1, overflow="text").tokenize(record, needs).is_answer.sum() == 1
+        _rows(length=first, overflow="text").tokenize(record, [], needs)
+    assert _rows(length=first + 1, overflow="text").tokenize(record, [], needs).is_answer.sum() == 1
 
 
 def test_too_many_pictures_are_refused_before_they_are_decoded(data: Path, needs: Needs):
     record = _record(data, 4)
-    with pytest.raises(Refused, match="2 pictures; a row has room for 1") as refusal:
+    with pytest.raises(Refused, match="2 tiles; a row has room for 1") as refusal:
         _rows(tiles=1).measure(record, needs)
     assert refusal.value.reason == "too many pictures"
-    with pytest.raises(Refused, match="1 pictures; a row has room for 0"):
+    with pytest.raises(Refused, match="1 tiles; a row has room for 0"):
         _rows(tiles=0).load(_record(data, 0), needs, RNG)
 
 
@@ -279,3 +283,104 @@ def test_what_a_shift_brings_in_is_the_colour_of_the_corners():
         shifted = Augment(shift=2)(image, np.random.default_rng(seed))
         assert set(shifted[[0, 0, -1, -1], [0, -1, 0, -1]].ravel()) <= {7, 200}
         assert (shifted == 200).sum() <= 12
+
+
+NEXT = AnyRes(pinpoints=((16, 32), (32, 16), (32, 32)), merge="spatial_unpad", rounding="original")
+
+
+@pytest.fixture
+def sized(needs: Needs, tmp_path: Path) -> Callable[..., tuple[Record, Needs]]:
+    """A record with pictures of these sizes, and where they lie."""
+
+    def make(*sizes: tuple[int, int], marks: int | None = None) -> tuple[Record, Needs]:
+        for i, size in enumerate(sizes):
+            pixels = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        question = IMAGE_MARK * (len(sizes) if marks is None else marks) + "What?"
+        names = tuple(f"{i}.png" for i in range(len(sizes)))
+        return Record(names, (Turn("user", question), Turn("assistant", "one"))), needs._replace(
+            image_root=str(tmp_path)
+        )
+
+    return make
+
+
+def test_pictures_of_any_size_take_the_slots_that_their_headers_say(sized):
+    rows = _rows(image_mode=NEXT, tiles=9, length=512)
+    record, needs = sized((20, 40), (40, 20), (9, 9))
+    example = rows.load(record, needs, RNG)
+    layouts = [NEXT.layout(size, 16, 16) for size in ((20, 40), (40, 20), (9, 9))]
+    assert [len(layout.patches) for layout in layouts] == [3, 3, 3]
+    assert rows.measure(record, needs) == Size(len(example.tokens), 9)
+    assert (example.tokens == IMG).sum() == sum(layout.num_slots for layout in layouts)
+
+
+def test_a_row_of_tiles_says_where_patches_and_newlines_land(sized):
+    rows = _rows(image_mode=NEXT, tiles=9, length=512)
+    first, needs = sized((20, 60))
+    text = _text_record(3)
+    examples = [rows.load(record, needs, RNG) for record in (text, first)]
+    row = rows.assemble(examples, needs)
+    at = len(examples[0].tokens)
+    layout = NEXT.layout((20, 60), 16, 16)
+    start = at + int(np.flatnonzero(examples[1].tokens == IMG)[0])
+    landed = row["patch_slots"][:3]
+    np.testing.assert_array_equal(landed[layout.patches >= 0], start + layout.patches[layout.patches >= 0])
+    assert (layout.patches < 0).any(), "this picture is padded"
+    np.testing.assert_array_equal(np.flatnonzero(row["is_newline"]), start + layout.newlines)
+    assert len(np.unique(row["patch_slots"])) == row["patch_slots"].size
+    assert (landed[layout.patches < 0] >= rows.length).all()
+    assert (row["patch_slots"][3:] >= rows.length).all()
+    assert not row["is_target"][start - 1 : start + layout.num_slots - 1].any()
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial"])
+def test_rows_without_newlines_say_nothing_of_them(merge, sized):
+    rows = _rows(image_mode=dataclasses.replace(NEXT, merge=merge), tiles=8)
+    record, needs = sized((20, 40))
+    row = rows.assemble([rows.load(record, needs, RNG)], needs)
+    assert "is_newline" not in row
+    assert (row["patch_slots"] < rows.length).sum() == 3 * 16
+
+
+def test_the_budget_of_a_row_counts_tiles(sized):
+    record, needs = sized((20, 40), (40, 40))
+    assert _rows(image_mode=NEXT, tiles=9, length=512).measure(record, needs).tiles == 8
+    with pytest.raises(Refused, match="8 tiles; a row has room for 7"):
+        _rows(image_mode=NEXT, tiles=7, length=512).measure(record, needs)
+
+
+def test_a_picture_that_grew_since_it_was_measured_is_noticed(sized):
+    rows = _rows(image_mode=NEXT, tiles=3)
+    record, needs = sized((20, 40))
+    rows.measure(record, needs)
+    sized((40, 40))
+    with pytest.raises(Refused, match="5 tiles; a row has room for 3"):
+        rows.load(record, needs, RNG)
+    # Two records that shared a row when they were measured.
+    wide = dataclasses.replace(rows, tiles=5)
+    with pytest.raises(DataError, match=r"5 tiles; they take Size\(.*remove the workdir's cache/"):
+        wide.assemble([wide.load(record, needs, RNG)] * 2, needs)
+
+
+def test_compat_original_cuts_through_pictures_and_ignores_those_without_a_mark(sized):
+    record, needs = sized((16, 16), (16, 16), marks=1)
+    with pytest.raises(Refused, match="1 <image> marks in the text for 2 pictures"):
+        _rows().measure(record, needs)
+    rows = _rows(compat="original")
+    example = rows.load(record, needs, RNG)
+    assert (example.tokens == IMG).sum() == 16
+    assert len(example.images) == 2
+    assert (example.patch_slots[1] == -1).all()
+    record, needs = sized((16, 16))
+    hello = (Turn("user", "Hi."), Turn("assistant", "one"))
+    reordered = Record(record.images, (*hello, *record.turns))
+    whole = _rows(length=4096).load(reordered, needs, RNG)
+    length = int(np.flatnonzero(whole.tokens == IMG)[5])
+    with pytest.raises(Refused, match="would cut a picture"):
+        _rows(length=length, overflow="text").load(reordered, needs, RNG)
+    cut = _rows(length=length, compat="original").load(reordered, needs, RNG)
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
+    np.testing.assert_array_equal(cut.patch_slots, np.where(whole.patch_slots < length, whole.patch_slots, -1))
+    row = _rows(length=length, compat="original").assemble([cut], needs)
+    assert len(np.unique(row["patch_slots"])) == row["patch_slots"].size

@@ -24,7 +24,7 @@ from llava_jax.models.llava import place_features
 from llava_jax.models.parameters import Parameters, bind, stack_layers
 from llava_jax.train.objectives import Context, next_token
 from tests.models.oracle import error
-from tests.tiny import LLAVA
+from tests.tiny import LLAVA, make_example
 
 # Four features a picture, two layers each: what is tested here does not depend on depth.
 SMALL = dataclasses.replace(
@@ -80,7 +80,7 @@ def _example(*pieces: int | str, seed: int) -> Example:
             images.append(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
         else:
             tokens += rng.integers(3, SMALL.text.vocab_size, int(piece)).tolist()
-    return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= start, images)
+    return make_example(tokens, np.arange(len(tokens)) >= start, images)
 
 
 TEXT_ONLY = _example(3, 4, seed=1)
@@ -103,7 +103,7 @@ def graphdef() -> nnx.GraphDef:
 
 @pytest.fixture(scope="module")
 def small(needs: Needs) -> Needs:
-    return needs._replace(image_size=8, image_slots=SMALL.num_features)
+    return needs._replace(image_size=8, num_features=SMALL.num_features)
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +271,26 @@ def test_rows_without_tiles_are_text_alone(graphdef: nnx.GraphDef, params: Param
     np.testing.assert_array_equal(x, params["decoder.embed_tokens.embedding"][tokens])
 
 
+def test_newlines_are_written_where_the_mask_says_and_nowhere_else(params: Parameters):
+    graphdef = structure(dataclasses.replace(SMALL, image_newline=True))[0]
+    newline = jnp.asarray(np.random.default_rng(6).standard_normal(SMALL.text.embed_dim, np.float32))
+    tokens = jnp.array([[5, 0, 0, 0, 0, 0, 7, 0]])
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8, 3)).astype(np.uint8))
+    slots = jnp.array([[[1, 2, 4, 9]]])
+    mask = jnp.array([[False, False, False, True, False, True, False, False]])
+
+    def embed(newline, mask):
+        return bind(graphdef, params | {"image_newline": newline}).embed(tokens, images, slots, mask)
+
+    with_newlines, without = embed(newline, mask), embed(newline, None)
+    np.testing.assert_array_equal(with_newlines[0, [3, 5]], np.stack([newline, newline]))
+    np.testing.assert_array_equal(np.delete(with_newlines[0], [3, 5], 0), np.delete(without[0], [3, 5], 0))
+    gradient = jax.grad(lambda newline: embed(newline, mask).sum())(newline)
+    np.testing.assert_array_equal(gradient, np.full(SMALL.text.embed_dim, 2.0))
+
+
 SHARDED = """
-import json, re
+import dataclasses, json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from llava_jax.models.build import random_parameters, structure
@@ -290,19 +308,21 @@ slots = np.stack([rng.permutation(t + 8)[: i * p].reshape(i, p) for _ in range(b
 x, features = (rng.standard_normal(shape).astype(np.float32) for shape in ((b, t, d), (b, i, p, d)))
 tokens = rng.integers(0, 320, (b, t)).astype(np.int32)
 images = rng.integers(0, 256, (b, i, 8, 8, 3)).astype(np.uint8)
-params = random_parameters(LLAVA, {"tower", "projector", "decoder"}, seed=0)
+LLAVA = dataclasses.replace(LLAVA, image_newline=True)
+params = random_parameters(LLAVA, {"tower", "projector", "decoder", "image_newline"}, seed=0)
 graphdef = structure(LLAVA)[0]
+newlines = rng.random((b, t)) < 0.2
 
 def merge_gradient(x, features, slots):
     return jax.grad(lambda *args: (place_features(*args, slots) ** 2).sum(), argnums=(0, 1))(x, features)
 
-def embed(params, tokens, images, slots):
-    return bind(graphdef, params).embed(tokens, images, slots)
+def embed(params, tokens, images, slots, newlines):
+    return bind(graphdef, params).embed(tokens, images, slots, newlines)
 
 cases = {
     "merge": (place_features, (rows, rows, rows), rows, (x, features, slots)),
     "merge gradient": (merge_gradient, (rows, rows, rows), rows, (x, features, slots)),
-    "embed": (embed, (whole, rows, rows, rows), rows, (params, tokens, images, slots)),
+    "embed": (embed, (whole, rows, rows, rows, rows), rows, (params, tokens, images, slots, newlines)),
     "control": (lambda x: x - x.mean(0), (rows,), rows, (x,)),
 }
 words = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter", "collective-broadcast")

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import PartitionSpec
 
-from llava_jax.models.build import random_parameters, structure
+from llava_jax.models.build import initial_value, random_parameters, structure
 from llava_jax.models.parameters import Parameters, bind, count, parameters, part, stack_layers, unstack_layers
 from llava_jax.shapes import ClipConfig, LlavaConfig, TextConfig
 from llava_jax.sizes import CLIP_L_336, LLAVA_15_7B, LLAVA_15_13B, VICUNA_7B, VICUNA_13B
+from llava_jax.train.sharding import partition
 from tests.models import oracle
 from tests.tiny import CAPTION, CLIP, LLAVA
 
@@ -23,7 +25,9 @@ MISTRAL_7B = dataclasses.replace(
 
 
 def _llava(text: TextConfig, projector: str = "mlp2x_gelu") -> LlavaConfig:
-    return LlavaConfig(vision=CLIP_L_336, text=text, projector=projector, select_layer=-2, select_feature="patch")
+    return LlavaConfig(
+        vision=CLIP_L_336, text=text, projector=projector, select_layer=-2, select_feature="patch", image_newline=False
+    )
 
 
 @functools.cache
@@ -156,3 +160,16 @@ def test_shapes_refuse_what_cannot_be_built():
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_the_newline_is_a_part_of_its_own_with_the_originals_starting_values():
+    """`initialize_vision_modules` of the original: normal, one over the square root of the width."""
+    config = dataclasses.replace(LLAVA, image_newline=True)
+    assert set(structure(config)[1]) - set(structure(LLAVA)[1]) == {"image_newline"}
+    assert part("image_newline") == "image_newline"
+    values = random_parameters(config, {"image_newline"}, seed=0)
+    assert {name: value.shape for name, value in values.items()} == {"image_newline": (LLAVA.text.embed_dim,)}
+    wide = initial_value("image_newline", (4096,), np.random.default_rng(0))
+    assert abs(wide.std() * 4096**0.5 - 1) < 0.05
+    assert abs(wide.mean()) < 0.001
+    assert partition("image_newline", (4096,)) == PartitionSpec()

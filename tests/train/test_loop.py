@@ -1,5 +1,6 @@
 """Whole runs through the command line: exit codes, one message, one compilation, the same losses in every layout."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,9 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.cli import main
+from llava_jax.convert.folder import read_parameters
+from llava_jax.data.anyres import AnyRes
 from llava_jax.data.generated import temporary_data
+from llava_jax.data.records import Turn
+from llava_jax.inference.generate import Sampling, generate
+from llava_jax.inference.model import load
+from llava_jax.models.build import random_parameters
+from llava_jax.train.config import load_config
+from llava_jax.train.loop import train
 from llava_jax.train.metrics import METRICS_FILE, MetricsLog, read_metrics
 from tests.train.runs import ROOT, arrays, command, environment, finish, saved_steps, story
 
@@ -243,3 +253,55 @@ def test_generated_data_belongs_to_the_user_who_made_it():
     """On a shared machine the next user cannot read a folder that the first one made."""
     folder = temporary_data(num_records=2, image_size=16, seed=0)
     assert str(os.getuid()) in folder.name or folder.stat().st_mode & 0o055 == 0o055
+
+
+def test_a_model_of_any_resolution_trains_with_its_tower_and_answers(tmp_path: Path):
+    """Pictures of many sizes in one compilation; the newline learns; the workdir opens with its resolutions."""
+    data = temporary_data(num_records=32, image_size=16, seed=7)
+    shutil.copytree(data, tmp_path / "data")
+    for number, path in enumerate(sorted((tmp_path / "data" / "pictures").iterdir())):
+        Image.open(path).resize(((8, 40, 30, 16)[number % 4], (24, 20, 31, 16)[number % 4])).save(path)
+    base = load_config(str(ROOT / "configs" / "debug_cpu.py"))
+    mode = AnyRes(pinpoints=((16, 32), (32, 16), (32, 32)), merge="spatial_unpad", rounding="original")
+    model = dataclasses.replace(base.model, image_newline=True)
+    parts = ("tower", "projector", "decoder", "image_newline")
+    config = dataclasses.replace(
+        base,
+        model=model,
+        init=dict.fromkeys(parts, "random"),
+        trainable=parts,
+        optim=dataclasses.replace(base.optim, part_learning_rates={"tower": 1e-4}),
+        data=dataclasses.replace(
+            base.data,
+            records=str(tmp_path / "data" / "records.json"),
+            image_root=str(tmp_path / "data" / "pictures"),
+            rows=dataclasses.replace(base.data.rows, tiles=10, image_mode=mode),
+            batch_rows=2,
+            steps=3,
+        ),
+        remat="everything",
+    )
+    train(config, str(tmp_path / "run"))
+    assert [line["step"] for line in read_metrics(str(tmp_path / "run"))] == [0, 1, 2]
+    trained = read_parameters(str(tmp_path / "run"))
+    started = random_parameters(model, parts, seed=config.seed)
+    for name in ("image_newline", "tower.patch_embedding.kernel"):
+        assert not np.array_equal(trained[name], started[name]), name
+    opened, processor = load(str(tmp_path / "run"))
+    assert processor.image_mode == mode
+    picture = Image.open(tmp_path / "data" / "pictures" / "0_0.png")
+    prompts = [
+        processor.ask([Turn("user", "Which?")], images) for images in ([picture], [picture.resize((30, 31))], [])
+    ]
+    answers = generate(opened, processor, prompts, Sampling(max_new_tokens=2))
+    assert [answer.prompt_tokens for answer in answers] == [len(prompt.tokens) for prompt in prompts]
+
+
+def test_a_mode_that_needs_a_newline_stops_before_anything_is_read(tmp_path: Path):
+    base = load_config(str(ROOT / "configs" / "debug_cpu.py"))
+    mode = AnyRes(pinpoints=((16, 32),), merge="spatial_unpad", rounding="original")
+    rows = dataclasses.replace(base.data.rows, image_mode=mode)
+    config = dataclasses.replace(base, data=dataclasses.replace(base.data, rows=rows))
+    with pytest.raises(ValueError, match="image_newline=False"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "cache").exists()
