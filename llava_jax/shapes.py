@@ -105,7 +105,8 @@ class LlavaConfig:
 
     `projector` is the original's name: `linear`, `mlpNx_gelu` or `identity`.
     `select_layer` indexes the tower's hidden states, the embedding output being number 0, as
-    `mm_vision_select_layer` does: -2 is the output of the layer before the last.
+    `mm_vision_select_layer` does: -2 is the output of the layer before the last. `image_newline` says whether the
+    model has the vector of that name, which ends every row of patches where pictures are merged `spatial_unpad`.
     """
 
     vision: VisionConfig
@@ -113,6 +114,7 @@ class LlavaConfig:
     projector: str
     select_layer: int
     select_feature: FeatureSelect
+    image_newline: bool
 
     def __post_init__(self) -> None:
         _require_choice("select_feature", self.select_feature, ("patch", "cls_patch"))

@@ -1,5 +1,7 @@
 """Known sizes: the published LLaVA-1.5 models, the quickstart's, and one for debugging."""
 
+import dataclasses
+
 from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
 
 # openai/clip-vit-large-patch14-336
@@ -48,11 +50,14 @@ VICUNA_13B = TextConfig(
 
 # liuhaotian/llava-v1.5-7b and -13b
 LLAVA_15_7B = LlavaConfig(
-    vision=CLIP_L_336, text=VICUNA_7B, projector="mlp2x_gelu", select_layer=-2, select_feature="patch"
+    vision=CLIP_L_336,
+    text=VICUNA_7B,
+    projector="mlp2x_gelu",
+    select_layer=-2,
+    select_feature="patch",
+    image_newline=False,
 )
-LLAVA_15_13B = LlavaConfig(
-    vision=CLIP_L_336, text=VICUNA_13B, projector="mlp2x_gelu", select_layer=-2, select_feature="patch"
-)
+LLAVA_15_13B = dataclasses.replace(LLAVA_15_7B, text=VICUNA_13B)
 
 # The quickstart's tokenizer has at most this many tokens.
 QUICKSTART_VOCABULARY = 512
@@ -100,6 +105,7 @@ QUICKSTART_LLAVA = LlavaConfig(
     projector="mlp2x_gelu",
     select_layer=-2,
     select_feature="patch",
+    image_newline=False,
 )
 
 # The vocabulary is that of `data/generated.py`.
@@ -131,4 +137,5 @@ DEBUG = LlavaConfig(
     projector="mlp2x_gelu",
     select_layer=-2,
     select_feature="patch",
+    image_newline=False,
 )

@@ -33,5 +33,5 @@ def needs(data: Path) -> Needs:
         tokenizer=Tokenizer(str(data / "tokenizer")),
         image_root=str(data / "pictures"),
         image_size=LLAVA.vision.image_size,
-        image_slots=LLAVA.num_features,
+        num_features=LLAVA.num_features,
     )

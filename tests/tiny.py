@@ -1,5 +1,11 @@
 """Small shapes and data that the tests share."""
 
+import numpy as np
+
+from llava_jax.data import rows
+from llava_jax.data.anyres import one_tile
+from llava_jax.data.conversation import IMAGE_TOKEN, Tokenized
+from llava_jax.data.rows import Example
 from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
 
 VISION = VisionConfig(
@@ -38,4 +44,20 @@ TEXT = TextConfig(
     tie_embeddings=False,
     sliding_window=None,
 )
-LLAVA = LlavaConfig(vision=VISION, text=TEXT, projector="mlp2x_gelu", select_layer=-2, select_feature="patch")
+LLAVA = LlavaConfig(
+    vision=VISION,
+    text=TEXT,
+    projector="mlp2x_gelu",
+    select_layer=-2,
+    select_feature="patch",
+    image_newline=False,
+)
+
+
+def make_example(tokens: list[int], is_answer: np.ndarray, images: list[np.ndarray]) -> Example:
+    """A sequence whose pictures are one tile each; their slots hold `IMAGE_TOKEN`."""
+    text = Tokenized(np.array(tokens, np.int32), np.asarray(is_answer))
+    num_features = text.tokens.tolist().count(IMAGE_TOKEN) // max(len(images), 1)
+    size = images[0].shape[0] if images else VISION.image_size
+    tiles = [image[None] for image in images]
+    return rows.make_example(text, tiles, [one_tile(num_features)] * len(images), size)

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_jax.data.images import ImageMode
+from llava_jax.data.images import ImageMode, check_mode
 from llava_jax.errors import CheckpointError
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
@@ -24,6 +24,10 @@ class ModelCard:
     template: str | None
     image_mode: ImageMode
     label: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, LlavaConfig):
+            check_mode(self.image_mode, self.model)
 
 
 def write_card(folder: str | Path, card: ModelCard) -> None:
@@ -55,20 +59,28 @@ def read_card(folder: str | Path) -> ModelCard:
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass with exactly these fields; nested ones are built from dictionaries."""
+    """The dataclass with exactly these fields."""
     hints = typing.get_type_hints(cls)
     if set(values) != set(hints):
         missing, unknown = sorted(set(hints) - set(values)), sorted(set(values) - set(hints))
         raise ValueError(f"{cls.__name__} lacks {missing} and does not know {unknown}")
-    fields = {}
-    for name, value in values.items():
-        fields[name] = _build(hints[name], value) if isinstance(value, dict) else value
-        if hints[name] is float and type(value) is int:
-            fields[name] = float(value)
-        if typing.get_origin(hints[name]) is Literal and value not in typing.get_args(hints[name]):
-            raise ValueError(f"{cls.__name__}.{name} must be one of {typing.get_args(hints[name])}; got {value!r}")
-        options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        plain = [option for option in options if isinstance(option, type)]
-        if plain and len(plain) == len(options) and not isinstance(fields[name], tuple(plain)):
-            raise ValueError(f"{cls.__name__}.{name} must be {hints[name]}; got {value!r}")
-    return cls(**fields)
+    return cls(**{name: _read(f"{cls.__name__}.{name}", hints[name], value) for name, value in values.items()})
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    """A field's value from what JSON keeps of it: no tuples, no dataclasses, whole floats without a point."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        items = typing.get_args(option)
+        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+            return _build(option, value)
+        if typing.get_origin(option) is Literal and value in items:
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            kinds = [items[0]] * len(value) if items[-1] is ... else items
+            return tuple(_read(name, kind, item) for kind, item in zip(kinds, value, strict=True))
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    raise ValueError(f"{name} must be {hint}; got {value!r}")

@@ -1,5 +1,6 @@
-"""Pictures: opened under limits, brought to the tower's square, kept as bytes."""
+"""Pictures: opened under limits, brought to tiles of the tower's size, kept as bytes."""
 
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -8,9 +9,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from llava_jax.data.anyres import AnyRes, Layout, one_tile
 from llava_jax.errors import Refused
+from llava_jax.shapes import LlavaConfig
 
-ImageMode = Literal["square", "pad"]
+OneTile = Literal["square", "pad"]
+ImageMode = OneTile | AnyRes
 
 # Decoders with a record of memory bugs (PSD, EPS, FITS, ...) are never reached.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -57,7 +61,59 @@ def resolve(root: str, name: str) -> Path:
     return Path(path)
 
 
-def decode(image: Image.Image, *, size: int, mode: ImageMode) -> UInt8[np.ndarray, "size size 3"]:
+def check_mode(mode: ImageMode, model: LlavaConfig) -> None:
+    """Raises `ValueError` if a model cannot look at pictures in this way."""
+    if not isinstance(mode, AnyRes):
+        return
+    size = model.vision.image_size
+    if any(width % size or height % size for width, height in mode.pinpoints):
+        raise ValueError(
+            f"AnyRes.pinpoints must be multiples of the tower's image_size={size}; got {mode.pinpoints}. "
+            "Take both from one checkpoint."
+        )
+    if mode.merge != "flat" and model.select_feature != "patch":
+        raise ValueError(
+            f"AnyRes.merge={mode.merge} arranges patches alone; got select_feature={model.select_feature}. "
+            "Use patch, or merge flat."
+        )
+    if mode.has_newlines and not model.image_newline:
+        raise ValueError(
+            f"AnyRes.merge={mode.merge} ends rows with the model's image_newline; got image_newline=False. "
+            "Set it in the model, or merge spatial."
+        )
+
+
+def find_layout(size: tuple[int, int], mode: ImageMode, *, image_size: int, num_features: int) -> Layout:
+    """The slots that a picture of this (width, height) takes, known before a pixel is read."""
+    return mode.layout(size, image_size, num_features) if isinstance(mode, AnyRes) else one_tile(num_features)
+
+
+def cut_tiles(image: Image.Image, *, size: int, mode: ImageMode) -> UInt8[np.ndarray, "i size size 3"]:
+    """RGB bytes of a picture's tiles: one, or the whole picture squeezed into one and then a grid, row by row.
+
+    The grid is cut from the picture enlarged or shrunk to fit the chosen resolution, centred on black
+    (`process_anyres_image` and `resize_and_pad_image` of the original; transformers agrees).
+
+    Raises:
+      Refused: the pixels are damaged.
+    """
+    if not isinstance(mode, AnyRes):
+        return decode(image, size=size, mode=mode)[None]
+    rgb = _to_rgb(image)
+    width, height = mode.resolution(rgb.size)
+    by_width, by_height = width / rgb.width, height / rgb.height
+    if by_width < by_height:
+        fitted = width, min(math.ceil(rgb.height * by_width), height)
+    else:
+        fitted = min(math.ceil(rgb.width * by_height), width), height
+    canvas = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+    canvas[top : top + fitted[1], left : left + fitted[0]] = np.asarray(rgb.resize(fitted, Image.Resampling.BICUBIC))
+    grid = canvas.reshape(height // size, size, width // size, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    return np.concatenate([np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))[None], grid])
+
+
+def decode(image: Image.Image, *, size: int, mode: OneTile) -> UInt8[np.ndarray, "size size 3"]:
     """RGB bytes of one `size` x `size` tile.
 
     `square` scales the shorter side to `size` and crops the centre (`CLIPImageProcessor` of transformers);
@@ -67,10 +123,7 @@ def decode(image: Image.Image, *, size: int, mode: ImageMode) -> UInt8[np.ndarra
     Raises:
       Refused: the pixels are damaged.
     """
-    try:
-        rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise Refused("damaged picture", f"{getattr(image, 'filename', 'picture')}: {error}") from None
+    rgb = _to_rgb(image)
     if mode == "pad":
         rgb = _pad_to_square(rgb)
     width, height = rgb.size
@@ -80,6 +133,13 @@ def decode(image: Image.Image, *, size: int, mode: ImageMode) -> UInt8[np.ndarra
         rgb = rgb.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return np.asarray(rgb)[top : top + size, left : left + size]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    try:
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise Refused("damaged picture", f"{getattr(image, 'filename', 'picture')}: {error}") from None
 
 
 def _pad_to_square(image: Image.Image) -> Image.Image:

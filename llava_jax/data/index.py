@@ -19,7 +19,7 @@ from llava_jax.data.rows import Needs, RowFormat, Size
 from llava_jax.errors import DataError, Refused
 
 # Raise when the meaning of a cached index changes.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Index:
 def load_index(path: str, rows: RowFormat, needs: Needs, cache: Path) -> Index:
     """The index of a record file, from `cache` if nothing that decides it has changed, else measured.
 
-    A picture that changes on disk is not noticed: only names and headers are read here.
+    A picture that changes on disk is not noticed until it is read: only names and headers are read here.
     """
     fingerprint = _fingerprint(path, rows, needs)
     stored = cache / f"index-{fingerprint[:16]}.npz"
@@ -104,7 +104,7 @@ def _fingerprint(path: str, rows: RowFormat, needs: Needs) -> str:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     # Templates hold functions, whose repr has an address; their fields' values are what matters.
     shape = json.dumps(dataclasses.asdict(rows), default=lambda value: value.__qualname__, sort_keys=True)
-    words = (INDEX_VERSION, content, shape, needs.tokenizer.fingerprint(), needs.image_size, needs.image_slots)
+    words = (INDEX_VERSION, content, shape, needs.tokenizer.fingerprint(), needs.image_size, needs.num_features)
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
 

@@ -6,12 +6,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
+from PIL import Image
 
+from llava_jax.data.anyres import AnyRes, Layout, find_slots
 from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN, Template, Tokenized, tokenize
-from llava_jax.data.images import ImageMode, decode, open_image, resolve
+from llava_jax.data.images import ImageMode, OneTile, cut_tiles, decode, find_layout, open_image, resolve
 from llava_jax.data.records import Record
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.errors import Refused
+from llava_jax.errors import DataError, Refused
 
 Row = dict[str, np.ndarray]
 
@@ -24,28 +26,43 @@ class Size(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What turning records into arrays needs to know of the run."""
+    """What turning records into arrays needs to know of the run; a tile has `num_features` patches."""
 
     tokenizer: Tokenizer
     image_root: str
     image_size: int
-    image_slots: int
+    num_features: int
 
 
 class Example(NamedTuple):
-    """One record, ready to be laid into a row; a picture's slots in `tokens` hold `IMAGE_TOKEN`."""
+    """One record, ready to be laid into a row.
+
+    A picture's slots in `tokens` hold `IMAGE_TOKEN`; `images` are the tiles of all pictures; `patch_slots` and
+    `is_newline` say what goes into the slots (see `find_slots`).
+    """
 
     tokens: Int[np.ndarray, " t"]
     is_answer: Bool[np.ndarray, " t"]
-    images: list[UInt8[np.ndarray, "size size 3"]]
+    images: UInt8[np.ndarray, "i size size 3"]
+    patch_slots: Int[np.ndarray, "i p"]
+    is_newline: Bool[np.ndarray, " t"]
+
+
+def make_example(
+    text: Tokenized, tiles: Sequence[UInt8[np.ndarray, "_ size size 3"]], layouts: Sequence[Layout], image_size: int
+) -> Example:
+    """A sequence with the tiles of its pictures, each picture's slots found by its layout."""
+    none = np.zeros((0, image_size, image_size, 3), np.uint8)
+    return Example(*text, np.concatenate([none, *tiles]), *find_slots(text.tokens == IMAGE_TOKEN, layouts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversations:
-    """Rows of `length` tokens and `tiles` pictures, filled with whole conversations.
+    """Rows of `length` tokens and `tiles` tiles of pictures, filled with whole conversations.
 
     `overflow` says what happens to a conversation that is longer than a row: `refuse` it, or cut its `text`
-    (never through a picture, and never all of its answers).
+    (never through a picture, and never all of its answers). With `compat="original"` it is cut wherever the row
+    ends, and pictures without a mark in the text are ignored (`docs/decisions.md`).
     """
 
     template: Template
@@ -53,6 +70,7 @@ class Conversations:
     tiles: int
     image_mode: ImageMode = "pad"
     overflow: Literal["refuse", "text"] = "refuse"
+    compat: Literal["original"] | None = None
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.tiles < 0:
@@ -64,47 +82,69 @@ class Conversations:
 
     def measure(self, record: Record, needs: Needs) -> Size:
         """What the record takes; raises `Refused` for everything that its text and picture headers show."""
-        for name in record.images:
-            open_image(resolve(needs.image_root, name)).close()
-        return Size(len(self.tokenize(record, needs).tokens), len(record.images))
+        images, layouts = self._open(record, needs)
+        for image in images:
+            image.close()
+        return Size(len(self.tokenize(record, layouts, needs).tokens), _num_tiles(layouts))
 
-    def tokenize(self, record: Record, needs: Needs) -> Tokenized:
+    def tokenize(self, record: Record, layouts: Sequence[Layout], needs: Needs) -> Tokenized:
         """Ids and answer mask of one record, cut to the row if the overflow policy says so."""
-        if len(record.images) > self.tiles:
-            raise Refused("too many pictures", f"{len(record.images)} pictures; a row has room for {self.tiles}")
+        if _num_tiles(layouts) > self.tiles:
+            raise Refused("too many pictures", f"{_num_tiles(layouts)} tiles; a row has room for {self.tiles}")
         spans = self.template.render(record.turns)
-        tokens, is_answer = tokenize(spans, needs.tokenizer, [needs.image_slots] * len(record.images))
-        if len(tokens) > self.length:
-            if self.overflow == "refuse":
-                raise Refused("too long", f"{len(tokens)} tokens; a row has room for {self.length}")
-            if (tokens[self.length :] == IMAGE_TOKEN).any():
-                raise Refused("too long", f"cutting {len(tokens)} tokens to {self.length} would cut a picture")
-            tokens, is_answer = tokens[: self.length], is_answer[: self.length]
-        if not is_answer[1:].any():
+        slots = [layout.num_slots for layout in layouts]
+        if self.compat == "original":
+            slots = slots[: "".join(span.text for span in spans).count(IMAGE_MARK)]
+        text = self.fit(tokenize(spans, needs.tokenizer, slots))
+        if not text.is_answer[1:].any():
             raise Refused("nothing to learn", "no answer token is left to train on")
-        return Tokenized(tokens, is_answer)
+        return text
+
+    def fit(self, text: Tokenized) -> Tokenized:
+        """The sequence, cut to the row if it is longer and the overflow policy lets it."""
+        length = len(text.tokens)
+        if length > self.length and self.compat is None:
+            if self.overflow == "refuse":
+                raise Refused("too long", f"{length} tokens; a row has room for {self.length}")
+            if (text.tokens[self.length :] == IMAGE_TOKEN).any():
+                raise Refused("too long", f"cutting {length} tokens to {self.length} would cut a picture")
+        return Tokenized(text.tokens[: self.length], text.is_answer[: self.length])
 
     def load(self, record: Record, needs: Needs, rng: np.random.Generator) -> Example:
         """The record's tokens and decoded pictures."""
         del rng
-        tokens, is_answer = self.tokenize(record, needs)
-        images = [
-            decode(open_image(resolve(needs.image_root, name)), size=needs.image_size, mode=self.image_mode)
-            for name in record.images
-        ]
-        return Example(tokens, is_answer, images)
+        images, layouts = self._open(record, needs)
+        text = self.tokenize(record, layouts, needs)
+        tiles = [cut_tiles(image, size=needs.image_size, mode=self.image_mode) for image in images]
+        return make_example(text, tiles, layouts, needs.image_size)
+
+    def _open(self, record: Record, needs: Needs) -> tuple[list[Image.Image], list[Layout]]:
+        """The record's pictures, headers read, and the slots that they take."""
+        images = [open_image(resolve(needs.image_root, name)) for name in record.images]
+        shape = {"image_size": needs.image_size, "num_features": needs.num_features}
+        return images, [find_layout(image.size, self.image_mode, **shape) for image in images]
 
     def assemble(self, examples: Sequence[Example], needs: Needs) -> Row:
         """One row from examples that fit together; segment 0 is padding.
 
-        A patch of an unused tile gets a slot of its own past the end of the row, where the scatter drops it.
+        A patch that lands nowhere, of an unused tile or cut away, gets a slot of its own past the end of the row,
+        where the scatter drops it. Rows have `is_newline` if the image mode ends rows of patches with newlines.
 
         Example, length=8, one record of tokens [bos, img, img, hi, yes] whose last token is an answer:
             tokens      = [bos, 0, 0, hi, yes, 0, 0, 0]     segment_ids = [1, 1, 1, 1, 1, 0, 0, 0]
             targets     = [0,   0, 0, yes,  0, 0, 0, 0]     is_target   = [0, 0, 0, 1, 0, 0, 0, 0]
             positions   = [0,   1, 2,   3,  4, 0, 0, 0]     patch_slots = [[1, 2]]
+
+        Raises:
+          DataError: the examples take more than the row has: a picture changed its size after it was measured.
         """
-        patches = self.tiles * needs.image_slots
+        taken = Size(sum(len(example.tokens) for example in examples), sum(len(e.images) for e in examples))
+        if taken.tokens > self.length or taken.tiles > self.tiles:
+            raise DataError(
+                f"Records of a row must fit its {self.length} tokens and {self.tiles} tiles; they take {taken}. A "
+                "picture has changed since it was measured: remove the workdir's cache/ and run again."
+            )
+        patches = self.tiles * needs.num_features
         row = {
             "tokens": np.zeros(self.length, np.int32),
             "targets": np.zeros(self.length, np.int32),
@@ -113,24 +153,31 @@ class Conversations:
             "positions": np.zeros(self.length, np.int32),
             "images": np.zeros((self.tiles, needs.image_size, needs.image_size, 3), np.uint8),
             "patch_slots": np.arange(self.length, self.length + patches, dtype=np.int32).reshape(
-                self.tiles, needs.image_slots
+                self.tiles, needs.num_features
             ),
         }
+        if isinstance(self.image_mode, AnyRes) and self.image_mode.has_newlines:
+            row["is_newline"] = np.zeros(self.length, bool)
         at = tile = 0
-        for segment, (tokens, is_answer, images) in enumerate(examples, start=1):
-            end = at + len(tokens)
-            is_image = tokens == IMAGE_TOKEN
-            row["tokens"][at:end] = np.where(is_image, 0, tokens)
+        for segment, (tokens, is_answer, images, patch_slots, is_newline) in enumerate(examples, start=1):
+            end, last = at + len(tokens), tile + len(images)
+            row["tokens"][at:end] = np.where(tokens == IMAGE_TOKEN, 0, tokens)
             row["segment_ids"][at:end] = segment
             row["positions"][at:end] = np.arange(len(tokens))
             row["targets"][at : end - 1] = np.where(is_answer[1:], tokens[1:], 0)
             row["is_target"][at : end - 1] = is_answer[1:]
-            for image, slots in zip(images, np.split(at + np.flatnonzero(is_image), len(images) or 1), strict=False):
-                row["images"][tile] = image
-                row["patch_slots"][tile] = slots
-                tile += 1
-            at = end
+            if len(images):
+                row["images"][tile:last] = images
+                free = row["patch_slots"][tile:last]
+                row["patch_slots"][tile:last] = np.where(patch_slots < 0, free, at + patch_slots)
+            if "is_newline" in row:
+                row["is_newline"][at:end] = is_newline
+            at, tile = end, last
         return row
+
+
+def _num_tiles(layouts: Sequence[Layout]) -> int:
+    return sum(len(layout.patches) for layout in layouts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +211,7 @@ class Captions:
     """
 
     length: int
-    image_mode: ImageMode = "square"
+    image_mode: OneTile = "square"
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
@@ -196,7 +243,8 @@ class Captions:
         pixels = decode(image, size=needs.image_size, mode=self.image_mode)
         if self.augment is not None:
             pixels = self.augment(pixels, rng)
-        return Example(np.array(ids, np.int32), np.ones(len(ids), bool), [pixels])
+        text = Tokenized(np.array(ids, np.int32), np.ones(len(ids), bool))
+        return make_example(text, [pixels[None]], [], needs.image_size)
 
     def assemble(self, examples: Sequence[Example], needs: Needs) -> Row:
         """One pair; without an example a row that is no pair, neither an example nor anybody's negative."""

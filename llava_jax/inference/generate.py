@@ -66,6 +66,7 @@ class Inputs(NamedTuple):
     tokens: Int[Array, "b t"]
     images: UInt8[Array, "b i size size 3"]
     patch_slots: Int[Array, "b i p"]
+    is_newline: Bool[Array, "b t"] | None
     lengths: Int[Array, " b"]
 
 
@@ -182,29 +183,30 @@ def _decode(
 
 
 def pad_prompts(prompts: Sequence[Prompt]) -> Inputs:
-    """One batch: prompts on the left, padding after them; patches of missing pictures land past the end."""
+    """One batch: prompts on the left, padding after them; patches that land nowhere have slots past the end."""
     if not all(len(prompt.tokens) for prompt in prompts):
         raise UserError("A prompt must have at least one token; got an empty one. Write something.")
     longest = max(len(prompt.tokens) for prompt in prompts)
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     tiles = max(len(prompt.images) for prompt in prompts)
     size = prompts[0].images.shape[1:]
-    slots = max((_slots(prompt).shape[1] for prompt in prompts if len(prompt.images)), default=0)
+    patches = max(prompt.patch_slots.shape[1] for prompt in prompts)
+    has_newlines = any(prompt.is_newline.any() for prompt in prompts)
     tokens = np.zeros((len(prompts), length), np.int32)
     images = np.zeros((len(prompts), tiles, *size), np.uint8)
-    patch_slots = np.tile(length + np.arange(tiles * slots, dtype=np.int32), (len(prompts), 1))
-    patch_slots = patch_slots.reshape(len(prompts), tiles, slots)
+    is_newline = np.zeros((len(prompts), length), bool)
+    patch_slots = np.tile(length + np.arange(tiles * patches, dtype=np.int32), (len(prompts), 1))
+    patch_slots = patch_slots.reshape(len(prompts), tiles, patches)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.tokens)] = np.where(prompt.tokens == IMAGE_TOKEN, 0, prompt.tokens)
         if len(prompt.images):
             images[row, : len(prompt.images)] = prompt.images
-            patch_slots[row, : len(prompt.images)] = _slots(prompt)
+            free = patch_slots[row, : len(prompt.images)]
+            patch_slots[row, : len(prompt.images)] = np.where(prompt.patch_slots < 0, free, prompt.patch_slots)
+            is_newline[row, : len(prompt.tokens)] = prompt.is_newline
     lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-    return Inputs(*map(jnp.asarray, (tokens, images, patch_slots, lengths)))
-
-
-def _slots(prompt: Prompt) -> Int[np.ndarray, "i p"]:
-    return np.flatnonzero(prompt.tokens == IMAGE_TOKEN).astype(np.int32).reshape(len(prompt.images), -1)
+    arrays = (tokens, images, patch_slots, is_newline if has_newlines else None, lengths)
+    return Inputs(*(None if array is None else jnp.asarray(array) for array in arrays))
 
 
 class _Choice(NamedTuple):
@@ -230,7 +232,7 @@ def _prefill(
     """Fills the cache with the prompts and samples each row's first token."""
     model = bind(graphdef, params)
     b, t = inputs.tokens.shape
-    x = model.embed(inputs.tokens, inputs.images, inputs.patch_slots)
+    x = model.embed(inputs.tokens, inputs.images, inputs.patch_slots, inputs.is_newline)
     cache = empty_cache(model.config.text, batch=b, length=cache_length, dtype=x.dtype)
     hidden, cache = model.decoder.extend(x, jnp.broadcast_to(jnp.arange(t), (b, t)), cache)
     last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]

@@ -3,19 +3,17 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from llava_jax.convert.card import read_card
 from llava_jax.convert.folder import TOKENIZER, check_parameters, read_parameters
 from llava_jax.data.conversation import IMAGE_MARK, Span, Template, find_template, tokenize
-from llava_jax.data.images import ImageMode, decode, open_image
+from llava_jax.data.images import ImageMode, cut_tiles, find_layout, open_image
 from llava_jax.data.records import Turn
+from llava_jax.data.rows import Example, make_example
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import CheckpointError, Refused, UserError
 from llava_jax.models.build import structure
@@ -32,12 +30,8 @@ class Model:
     params: Parameters
 
 
-class Prompt(NamedTuple):
-    """One request on the host; a picture's slots in `tokens` hold `IMAGE_TOKEN`."""
-
-    tokens: Int[np.ndarray, " t"]
-    is_answer: Bool[np.ndarray, " t"]
-    images: UInt8[np.ndarray, "i size size 3"]
+# One request on the host: what a record is in training.
+Prompt = Example
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +42,7 @@ class Processor:
     template: Template | None
     image_mode: ImageMode
     image_size: int
-    image_slots: int
+    num_features: int
 
     def ask(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
         """The conversation so far, open for the assistant's next answer."""
@@ -84,12 +78,13 @@ class Processor:
 
     def _encode(self, spans: Sequence[Span], images: Sequence[Image.Image]) -> Prompt:
         try:
-            tokens, is_answer = tokenize(spans, self.tokenizer, [self.image_slots] * len(images))
-            tiles = [decode(image, size=self.image_size, mode=self.image_mode) for image in images]
+            shape = {"image_size": self.image_size, "num_features": self.num_features}
+            layouts = [find_layout(image.size, self.image_mode, **shape) for image in images]
+            text = tokenize(spans, self.tokenizer, [layout.num_slots for layout in layouts])
+            tiles = [cut_tiles(image, size=self.image_size, mode=self.image_mode) for image in images]
         except Refused as refusal:
             raise UserError(f"{refusal}. Give one --image per {IMAGE_MARK} mark, undamaged.") from None
-        shape = (len(tiles), self.image_size, self.image_size, 3)
-        return Prompt(tokens, is_answer, np.array(tiles, np.uint8).reshape(shape))
+        return make_example(text, tiles, layouts, self.image_size)
 
 
 def load(path: str, *, template: str | None = None) -> tuple[Model, Processor]:
@@ -126,7 +121,7 @@ def load(path: str, *, template: str | None = None) -> tuple[Model, Processor]:
         template=None if name is None else find_template(name),
         image_mode=card.image_mode,
         image_size=card.model.vision.image_size,
-        image_slots=card.model.num_features,
+        num_features=card.model.num_features,
     )
     return model, processor
 

@@ -60,7 +60,7 @@ def _logprobs(params: Parameters, inputs: Inputs, *, graphdef: nnx.GraphDef) -> 
     model = bind(graphdef, params)
     b, t = inputs.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-    hidden = model(inputs.tokens, inputs.images, inputs.patch_slots, positions)
+    hidden = model(inputs.tokens, inputs.images, inputs.patch_slots, positions, is_newline=inputs.is_newline)
     logits = jnp.einsum("btd,dv->btv", hidden, model.decoder.head(), preferred_element_type=jnp.float32)
     following = jnp.roll(inputs.tokens, -1, axis=1)[..., None]
     return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), following, axis=-1)[..., 0]

@@ -1,8 +1,9 @@
 """LLaVA: tower, projector and decoder, joined by a static-shape scatter."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.models.attention import Attend, Constrain, attend_xla, unconstrained
 from llava_jax.models.clip import ClipTower
@@ -47,6 +48,8 @@ class Llava(nnx.Module):
             rngs=rngs,
         )
         self.decoder = Llama(config.text, stacked=stacked, param_dtype=param_dtype, rngs=rngs)
+        if config.image_newline:
+            self.image_newline = nnx.Param(jnp.zeros((config.text.embed_dim,), param_dtype))
         self.config = config
 
     def embed(
@@ -54,19 +57,25 @@ class Llava(nnx.Module):
         tokens: Int[Array, "b t"],
         images: UInt8[Array, "b i height width 3"],
         patch_slots: Int[Array, "b i p"],
+        is_newline: Bool[Array, "b t"] | None = None,
         *,
         attend: Attend = attend_xla,
+        remat: Remat = None,
     ) -> Float[Array, "b t d"]:
-        """Token embeddings with the pictures' features written over their slots."""
+        """Token embeddings with the pictures' features and newlines written over their slots."""
         x = self.decoder.embed_tokens(tokens)
         b, i, *pixels = images.shape
         if i == 0:
             return x
+        if is_newline is not None:
+            # A mask, not a second scatter: where newlines fall needs no list of static size, and it fuses.
+            x = jnp.where(is_newline[..., None], self.image_newline[...].astype(x.dtype), x)
         features = self.tower.features(
             images.reshape(b * i, *pixels),
             depth=self.config.tower_depth,
             select=self.config.select_feature,
             attend=attend,
+            remat=remat,
         )
         projected = self.projector(features)
         return place_features(x, projected.reshape(b, i, *projected.shape[1:]), patch_slots)
@@ -78,11 +87,12 @@ class Llava(nnx.Module):
         patch_slots: Int[Array, "b i p"],
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,
+        is_newline: Bool[Array, "b t"] | None = None,
         *,
         attend: Attend = attend_xla,
         constrain: Constrain = unconstrained,
         remat: Remat = None,
     ) -> Float[Array, "b t d"]:
         """Normed hidden states of packed rows; `decoder.head()` turns them into logits."""
-        x = self.embed(tokens, images, patch_slots, attend=attend)
+        x = self.embed(tokens, images, patch_slots, is_newline, attend=attend, remat=remat)
         return self.decoder(x, positions, segment_ids, attend=attend, constrain=constrain, remat=remat)

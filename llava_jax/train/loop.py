@@ -15,6 +15,7 @@ import numpy as np
 
 from llava_jax.convert.card import ModelCard, write_card
 from llava_jax.convert.folder import TOKENIZER, copy_tokenizer
+from llava_jax.data.images import check_mode
 from llava_jax.data.index import Index, check_refusals, load_index
 from llava_jax.data.pipeline import Batch, RowReader, read_batches
 from llava_jax.data.plan import Plan, make_plan
@@ -139,11 +140,13 @@ def data_needs(config: TrainConfig) -> Needs:
             f"The model's vocabulary must hold every token; it has {vocabulary}, the tokenizer in "
             f"{data.tokenizer!r} {tokenizer.vocab_size}. Raise vocab_size or choose another tokenizer."
         )
+    if isinstance(model, LlavaConfig):
+        check_mode(data.rows.image_mode, model)
     return Needs(
         tokenizer=tokenizer,
         image_root=data.image_root,
         image_size=model.vision.image_size,
-        image_slots=model.num_features if isinstance(model, LlavaConfig) else model.vision.num_patches,
+        num_features=model.num_features if isinstance(model, LlavaConfig) else model.vision.num_patches,
     )
 
 

@@ -52,6 +52,7 @@ def next_token(model: Llava, batch: Mapping[str, Array], context: Context) -> Su
         batch["patch_slots"],
         batch["positions"],
         batch["segment_ids"],
+        batch.get("is_newline"),
         attend=context.attend,
         constrain=context.constrain,
         remat=context.remat,

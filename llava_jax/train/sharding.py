@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(tower|caption)\.(class|position)_embedding", P()),
     (r"caption\.token_embedding\.embedding", P("tensor", "fsdp")),
     (r"(visual|text)_projection\.kernel", P("fsdp", "tensor")),
-    (r"logit_scale", P()),
+    (r"logit_scale|image_newline", P()),
 )
 
 

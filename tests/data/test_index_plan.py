@@ -244,7 +244,7 @@ def _needs(folder: Path, **changes) -> Needs:
             "tokenizer": Tokenizer(str(folder / "tokenizer")),
             "image_root": str(folder / "pictures"),
             "image_size": 16,
-            "image_slots": 4,
+            "num_features": 4,
         }
         | changes
     )
@@ -369,7 +369,7 @@ def test_another_row_format_is_measured_again(copied: Path, measured: list[str],
 
 
 def test_other_pictures_slots_are_measured_again(copied: Path, measured: list[str]):
-    assert (_load(copied, image_slots=9).tokens != _load(copied).tokens).any()
+    assert (_load(copied, num_features=9).tokens != _load(copied).tokens).any()
     assert len(measured) == 2
 
 

@@ -24,7 +24,7 @@ def _reader(
     data: Path, *, rows=ROWS, first_step: int = 0, process: int = 0, num_processes: int = 1, **batch
 ) -> RowReader:
     needs = Needs(
-        tokenizer=Tokenizer(str(data / "tokenizer")), image_root=str(data / "pictures"), image_size=16, image_slots=4
+        tokenizer=Tokenizer(str(data / "tokenizer")), image_root=str(data / "pictures"), image_size=16, num_features=4
     )
     index = load_index(str(data / "records.json"), rows, needs, data / "cache")
     settings = {"batch_rows": None, "batch_records": None, "epochs": None, "steps": None}

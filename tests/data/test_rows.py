@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data.anyres import one_tile
 from llava_jax.data.conversation import IMAGE_TOKEN, PLAIN, V1
 from llava_jax.data.records import Record, Turn, parse_record
 from llava_jax.data.rows import Augment, Captions, Conversations, Example, Needs, Size
 from llava_jax.errors import Refused
+from tests.tiny import make_example
 
 IMG = IMAGE_TOKEN
 RNG = np.random.default_rng(0)
@@ -22,13 +24,13 @@ class _NoTokenizer:
     bos_id, eos_id = 1, 2
 
 
-def _needs(image_slots: int) -> Needs:
-    return Needs.__new__(Needs, _NoTokenizer(), ".", 2, image_slots)
+def _needs(num_features: int) -> Needs:
+    return Needs.__new__(Needs, _NoTokenizer(), ".", 2, num_features)
 
 
 def _example(tokens: list[int], answers: list[int], *shades: int) -> Example:
     images = [np.full((2, 2, 3), shade, np.uint8) for shade in shades]
-    return Example(np.array(tokens, np.int32), np.isin(np.arange(len(tokens)), answers), images)
+    return make_example(tokens, np.isin(np.arange(len(tokens)), answers), images)
 
 
 def _record(data: Path, number: int) -> Record:
@@ -100,7 +102,7 @@ def test_a_records_size_is_what_it_takes_in_a_row(data: Path, needs: Needs):
         size = rows.measure(record, needs)
         example = rows.load(record, needs, RNG)
         assert size == Size(len(example.tokens), len(example.images))
-        assert (example.tokens == IMG).sum() == size.tiles * needs.image_slots
+        assert (example.tokens == IMG).sum() == size.tiles * needs.num_features
 
 
 def test_pictures_lie_at_their_marks(data: Path, needs: Needs):
@@ -120,7 +122,7 @@ def _text_record(words: int) -> Record:
 
 def test_a_conversation_that_does_not_fit_is_refused(needs: Needs):
     record = _text_record(50)
-    length = len(_rows(length=4096).tokenize(record, needs).tokens)
+    length = len(_rows(length=4096).tokenize(record, [], needs).tokens)
     assert _rows(length=length).measure(record, needs).tokens == length
     with pytest.raises(Refused, match=f"{length} tokens; a row has room for {length - 1}") as refusal:
         _rows(length=length - 1).measure(record, needs)
@@ -129,35 +131,35 @@ def test_a_conversation_that_does_not_fit_is_refused(needs: Needs):
 
 def test_the_text_policy_cuts_the_end(needs: Needs):
     record = _text_record(50)
-    whole = _rows(length=4096).tokenize(record, needs)
-    cut = _rows(length=len(whole.tokens) - 9, overflow="text").tokenize(record, needs)
+    whole = _rows(length=4096).tokenize(record, [], needs)
+    cut = _rows(length=len(whole.tokens) - 9, overflow="text").tokenize(record, [], needs)
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:-9])
     np.testing.assert_array_equal(cut.is_answer, whole.is_answer[:-9])
 
 
 def test_the_text_policy_never_cuts_a_picture(data: Path, needs: Needs):
-    record = _record(data, 0)
-    tokens = _rows().tokenize(record, needs).tokens
+    record, layouts = _record(data, 0), [one_tile(needs.num_features)]
+    tokens = _rows().tokenize(record, layouts, needs).tokens
     last = int(np.flatnonzero(tokens == IMG)[-1])
     for length in (2, last - 3, last):
         with pytest.raises(Refused, match="would cut a picture"):
-            _rows(length=length, overflow="text").tokenize(record, needs)
+            _rows(length=length, overflow="text").tokenize(record, layouts, needs)
 
 
 def test_the_text_policy_never_cuts_all_answers(needs: Needs):
     record = _text_record(50)
-    first = int(np.flatnonzero(_rows(length=4096).tokenize(record, needs).is_answer)[0])
+    first = int(np.flatnonzero(_rows(length=4096).tokenize(record, [], needs).is_answer)[0])
     with pytest.raises(Refused, match="nothing to learn"):
-        _rows(length=first, overflow="text").tokenize(record, needs)
-    assert _rows(length=first + 1, overflow="text").tokenize(record, needs).is_answer.sum() == 1
+        _rows(length=first, overflow="text").tokenize(record, [], needs)
+    assert _rows(length=first + 1, overflow="text").tokenize(record, [], needs).is_answer.sum() == 1
 
 
 def test_too_many_pictures_are_refused_before_they_are_decoded(data: Path, needs: Needs):
     record = _record(data, 4)
-    with pytest.raises(Refused, match="2 pictures; a row has room for 1") as refusal:
+    with pytest.raises(Refused, match="2 tiles; a row has room for 1") as refusal:
         _rows(tiles=1).measure(record, needs)
     assert refusal.value.reason == "too many pictures"
-    with pytest.raises(Refused, match="1 pictures; a row has room for 0"):
+    with pytest.raises(Refused, match="1 tiles; a row has room for 0"):
         _rows(tiles=0).load(_record(data, 0), needs, RNG)
 
 

@@ -43,7 +43,7 @@ def processor(data: Path) -> Processor:
         template=V1,
         image_mode="square",
         image_size=SMALL.vision.image_size,
-        image_slots=SMALL.num_features,
+        num_features=SMALL.num_features,
     )
 
 

@@ -19,6 +19,7 @@ from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.models.llama import empty_cache
 from llava_jax.models.parameters import bind
 from tests.models.oracle import error
+from tests.tiny import make_example
 
 MINUS_INFINITY = -np.inf
 
@@ -308,7 +309,7 @@ def test_seeds_that_do_not_fit_are_refused(model: Model, processor: Processor, p
 
 
 def test_a_prompt_without_a_token_is_refused(model: Model, processor: Processor):
-    nothing = Prompt(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros((0, 8, 8, 3), np.uint8))
+    nothing = make_example([], np.zeros(0, bool), [])
     with pytest.raises(UserError, match="token"):
         generate(model, processor, [nothing], Sampling(max_new_tokens=1))
 
@@ -319,7 +320,8 @@ def test_logits_of_a_cached_step_are_those_of_a_whole_forward(
     """Prefill all but the last two tokens of the answer, extend by one, and compare with the sequence at once."""
     prompt, answer = prompts[2], greedy[2]
     ids = np.concatenate([prompt.tokens, np.array(answer.token_ids, np.int32)])
-    inputs = pad_prompts([prompt._replace(tokens=ids.astype(np.int32))])
+    whole = prompt._replace(tokens=ids.astype(np.int32), is_newline=np.zeros(len(ids), bool))
+    inputs = pad_prompts([whole])
     length = inputs.tokens.shape[1]
 
     @jax.jit

@@ -42,7 +42,7 @@ def test_a_loaded_model_answers_as_the_one_written(folder: Path, model: Model, p
     assert loaded.config == SMALL
     assert its_processor.template is V1
     assert its_processor.image_mode == "pad"
-    assert (its_processor.image_size, its_processor.image_slots) == (8, 4)
+    assert (its_processor.image_size, its_processor.num_features) == (8, 4)
     assert set(loaded.params) == set(model.params)
     for name, value in model.params.items():
         np.testing.assert_array_equal(loaded.params[name], value)

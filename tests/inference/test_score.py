@@ -15,6 +15,7 @@ from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.inference.score import score
 from llava_jax.models.parameters import bind
 from tests.models.oracle import error
+from tests.tiny import make_example
 
 
 def _pictures(number: int) -> list[Image.Image]:
@@ -96,7 +97,7 @@ def test_an_empty_answer_is_refused(model: Model, processor: Processor):
 
 def test_an_answer_that_nothing_precedes_is_refused(model: Model):
     """A tokenizer without BOS and an empty prompt: nothing predicts the first token."""
-    bare = Prompt(np.array([5, 6], np.int32), np.array([True, True]), np.zeros((0, 8, 8, 3), np.uint8))
+    bare = make_example([5, 6], np.array([True, True]), [])
     with pytest.raises(UserError, match="before"):
         score(model, [bare])
 

@@ -23,7 +23,7 @@ from llava_jax.models.llava import place_features
 from llava_jax.models.parameters import Parameters, bind, stack_layers
 from llava_jax.train.objectives import Context, next_token
 from tests.models.oracle import error
-from tests.tiny import LLAVA
+from tests.tiny import LLAVA, make_example
 
 # Four features a picture, two layers each: what is tested here does not depend on depth.
 SMALL = dataclasses.replace(
@@ -79,7 +79,7 @@ def _example(*pieces: int | str, seed: int) -> Example:
             images.append(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
         else:
             tokens += rng.integers(3, SMALL.text.vocab_size, int(piece)).tolist()
-    return Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= start, images)
+    return make_example(tokens, np.arange(len(tokens)) >= start, images)
 
 
 TEXT_ONLY = _example(3, 4, seed=1)
@@ -102,7 +102,7 @@ def graphdef() -> nnx.GraphDef:
 
 @pytest.fixture(scope="module")
 def small(needs: Needs) -> Needs:
-    return needs._replace(image_size=8, image_slots=SMALL.num_features)
+    return needs._replace(image_size=8, num_features=SMALL.num_features)
 
 
 @pytest.fixture(scope="module")

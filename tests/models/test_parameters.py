@@ -23,7 +23,9 @@ MISTRAL_7B = dataclasses.replace(
 
 
 def _llava(text: TextConfig, projector: str = "mlp2x_gelu") -> LlavaConfig:
-    return LlavaConfig(vision=CLIP_L_336, text=text, projector=projector, select_layer=-2, select_feature="patch")
+    return LlavaConfig(
+        vision=CLIP_L_336, text=text, projector=projector, select_layer=-2, select_feature="patch", image_newline=False
+    )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from llava_jax.convert.layouts import from_huggingface
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.inference.generate import Sampling, generate
-from llava_jax.inference.model import Model, Processor, Prompt
+from llava_jax.inference.model import Model, Processor
 from llava_jax.inference.score import score
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import structure
@@ -27,7 +27,7 @@ from llava_jax.models.projector import Projector
 from llava_jax.shapes import TextConfig
 from llava_jax.train.objectives import Context, contrastive, cross_entropy
 from tests.models import oracle
-from tests.tiny import CLIP, LLAVA, TEXT
+from tests.tiny import CLIP, LLAVA, TEXT, make_example
 
 VALUES = 1e-5
 GRADIENTS = 1e-4
@@ -239,12 +239,14 @@ def test_logits_loss_and_gradients_of_the_whole_llava_are_the_references(llava: 
 def test_greedy_answers_and_scores_are_the_references(llava: LlavaPair, data: Path):
     model = Model(config=SHORT, graphdef=llava.graphdef, params=llava.params)
     processor = Processor(
-        tokenizer=Tokenizer(str(data / "tokenizer")), template=None, image_mode="square", image_size=16, image_slots=16
+        tokenizer=Tokenizer(str(data / "tokenizer")), template=None, image_mode="square", image_size=16, num_features=16
     )
     ids = llava.ids.numpy()
     tokens = np.where(ids == oracle.IMAGE_ID, IMAGE_TOKEN, ids).astype(np.int32)
     is_answer = np.arange(tokens.shape[1]) >= 40
-    prompts = [Prompt(tokens[row], is_answer, llava.batch["images"][row, : row + 1]) for row in range(2)]
+    prompts = [
+        make_example(tokens[row].tolist(), is_answer, list(llava.batch["images"][row, : row + 1])) for row in range(2)
+    ]
     with torch.no_grad():
         out = llava.theirs.generate(
             input_ids=llava.ids,

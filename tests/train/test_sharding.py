@@ -50,7 +50,9 @@ def _vicuna(embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int) ->
         tie_embeddings=False,
         sliding_window=None,
     )
-    return LlavaConfig(vision=VIT_L, text=text, projector="mlp2x_gelu", select_layer=-2, select_feature="patch")
+    return LlavaConfig(
+        vision=VIT_L, text=text, projector="mlp2x_gelu", select_layer=-2, select_feature="patch", image_newline=False
+    )
 
 
 CLIP_L = ClipConfig(
