@@ -1,7 +1,7 @@
-"""Pictures: pixels against Hugging Face and the original's recordings, hostile files, names that try to escape."""
+"""Pictures: pixels against Hugging Face, hostile files, names that try to escape."""
 
+import dataclasses
 import io
-import json
 import os
 import struct
 import sys
@@ -15,11 +15,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.data.images import MAX_ASPECT, PAD_COLOUR, decode, open_image, resolve
+from llava_jax.data.anyres import AnyRes
+from llava_jax.data.images import (
+    MAX_ASPECT,
+    PAD_COLOUR,
+    check_mode,
+    cut_tiles,
+    decode,
+    find_layout,
+    open_image,
+    resolve,
+)
 from llava_jax.errors import Refused
 from llava_jax.models.clip import normalise
+from tests.tiny import LLAVA
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "images"
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16")
 
 
@@ -86,24 +96,6 @@ def test_pixels_are_those_of_the_hugging_face_processor(processor, seed: int):
         expected = reference(source, return_tensors="np")["pixel_values"][0]
         ours = _normalised(image, size, mode)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", json.loads((GOLDEN / "cases.json").read_text()), ids=lambda case: case["key"])
-def test_pixels_are_those_that_the_original_recorded(case: dict):
-    image = open_image(GOLDEN / "files" / case["file"])
-    pixels = _normalised(image, case["size"], case["mode"])
-    with np.load(GOLDEN / "pixels.npz") as golden:
-        arrays = {name: golden[f"{case['key']}/{name}"] for name in ("full", "sample", "rows", "cols", "weighted_sum")
-                  if f"{case['key']}/{name}" in golden}  # fmt: skip
-    if "full" in arrays:
-        np.testing.assert_allclose(pixels, arrays["full"], rtol=0, atol=1e-5)
-    else:
-        sample = pixels[:, arrays["rows"]][:, :, arrays["cols"]]
-        np.testing.assert_allclose(sample, arrays["sample"], rtol=0, atol=1e-5)
-    size = case["size"]
-    rows, columns = np.cos(0.37 * np.arange(size)), np.sin(0.23 * np.arange(size) + 0.5)
-    weighted = np.einsum("chw,h,w->c", pixels.astype(np.float64), rows, columns)
-    np.testing.assert_allclose(weighted, arrays["weighted_sum"], rtol=1e-3)
 
 
 def test_orientation_is_not_applied_and_alpha_is_dropped(tmp_path: Path):
@@ -374,3 +366,61 @@ def _watch(opened: list[str] | None) -> None:
 
         sys.addaudithook(hook)
     _watched[0] = opened
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_tiles_are_those_of_the_hugging_face_processor(seed: int):
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    rng = np.random.default_rng(seed)
+    size = (14, 28)[seed % 2]
+    pinpoints = tuple((size * w, size * h) for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+    image = _picture(rng, *map(int, rng.integers(2, 150, 2)), mode=MODES[seed % len(MODES)])
+    reference = LlavaNextImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_grid_pinpoints=[[height, width] for width, height in pinpoints],
+    )
+    # Before the alpha of some modes is laid over white, as above.
+    expected = reference(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
+    tiles = cut_tiles(image, size=size, mode=AnyRes(pinpoints=pinpoints, merge="flat", rounding="huggingface"))
+    ours = np.moveaxis(np.asarray(normalise(jnp.asarray(tiles), np.float32)), -1, 1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_one_tile_is_a_picture_of_one_tile():
+    image = _picture(np.random.default_rng(0), 40, 30)
+    for mode in ("square", "pad"):
+        np.testing.assert_array_equal(cut_tiles(image, size=14, mode=mode)[0], decode(image, size=14, mode=mode))
+        layout = find_layout(image.size, mode, image_size=14, num_features=9)
+        assert (layout.patches.tolist(), layout.num_slots) == ([list(range(9))], 9)
+
+
+def test_a_damaged_picture_has_no_tiles(tmp_path: Path):
+    _picture(np.random.default_rng(0), 60, 40).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    mode = AnyRes(pinpoints=((28, 56),), merge="flat", rounding="original")
+    with pytest.raises(Refused, match="damaged picture"):
+        cut_tiles(open_image(tmp_path / "half.png"), size=28, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("changes", "merge", "pinpoints", "message"),
+    [
+        ({}, "spatial", ((16, 32), (32, 20)), r"multiples of the tower's image_size=16"),
+        ({"select_feature": "cls_patch"}, "spatial", ((16, 32),), r"arranges patches alone; got select_feature=cls"),
+        ({}, "spatial_unpad", ((16, 32),), r"the model's image_newline; got image_newline=False"),
+    ],
+)
+def test_a_mode_that_the_model_cannot_take_is_refused(changes: dict, merge, pinpoints, message: str):
+    model = dataclasses.replace(LLAVA, **changes)
+    with pytest.raises(ValueError, match=message):
+        check_mode(AnyRes(pinpoints=pinpoints, merge=merge, rounding="original"), model)
+
+
+def test_modes_that_fit_are_taken():
+    full = dataclasses.replace(LLAVA, select_feature="cls_patch")
+    check_mode(AnyRes(pinpoints=((16, 32),), merge="flat", rounding="original"), full)
+    newline = dataclasses.replace(LLAVA, image_newline=True)
+    check_mode(AnyRes(pinpoints=((16, 32),), merge="spatial_unpad", rounding="huggingface"), newline)
+    check_mode("pad", full)
