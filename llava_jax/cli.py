@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help="folder to write")
     convert.add_argument("--to", required=True, choices=("jax", "hf", "original", "delta"))
     convert.add_argument("--base", metavar="SRC", help="what a delta, an adapter or a projector belongs to")
-    convert.add_argument("--tower", metavar="SRC", help="CLIP folder, instead of the one that the original's config names")
+    convert.add_argument(
+        "--tower", metavar="SRC", help="CLIP folder, instead of the one that the original's config names"
+    )
     convert.set_defaults(run=_convert)
 
     data = commands.add_parser("data", help="look at a config's data").add_subparsers(required=True, metavar="WHAT")
@@ -138,9 +140,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from llava_jax.convert.conversion import convert
 
-    done = convert(
-        arguments.source, arguments.target, to=arguments.to, base=arguments.base, tower=arguments.tower
-    )
+    done = convert(arguments.source, arguments.target, to=arguments.to, base=arguments.base, tower=arguments.tower)
     print(done)
 
 

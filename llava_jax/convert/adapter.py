@@ -42,7 +42,14 @@ def open_adapter(folder: Path) -> Adapter:
     fields = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
     fields.must_be("peft_type", "LORA")
     fields.must_be("bias", "none")
-    for name in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "layer_replication", "alora_invocation_tokens"):
+    for name in (
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "use_qalora",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ):
         fields.must_be(name, False, None)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:

@@ -53,14 +53,15 @@ def template_of_original(config: Fields) -> str | None:
     """
     if config.values.get("mm_use_im_start_end"):
         return None
+    if config.values.get("tune_mm_mlp_adapter"):
+        return "plain"
     if "mistral" in str(config.values.get("model_type")):
         return "mistral_instruct"
     # Nous-Hermes-2-Yi-34B has Yi's vocabulary.
     if config.values.get("vocab_size") == 64_000:
         return "chatml_direct"
     # Projectors with a hidden layer began with LLaVA-1.5; before it, v0, v1 and llama_2 had the same config.
-    is_15 = str(config.values.get("mm_projector_type")).startswith("mlp")
-    return "v1" if is_15 and not config.values.get("tune_mm_mlp_adapter") else None
+    return "v1" if str(config.values.get("mm_projector_type")).startswith("mlp") else None
 
 
 def chat_template_json(template: str | None) -> str | None:

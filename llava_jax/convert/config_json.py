@@ -69,7 +69,9 @@ def find_family(fields: Fields) -> Family:
 def read_text(fields: Fields, kind: str) -> TextConfig:
     """The decoder of a `llama` or `mistral` config; the caller says when all its fields were taken."""
     if kind not in _TEXT_DEFAULTS:
-        raise CheckpointError(f"{fields.where}: a decoder of model_type={kind!r} is not supported, only llama, mistral.")
+        raise CheckpointError(
+            f"{fields.where}: a decoder of model_type={kind!r} is not supported, only llama, mistral."
+        )
     defaults = _TEXT_DEFAULTS[kind]
     fields.must_be("hidden_act", "silu")
     fields.must_be("attention_bias", False)

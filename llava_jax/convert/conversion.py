@@ -5,7 +5,8 @@ import time
 from collections import Counter
 from typing import Literal
 
-from llava_jax.convert.checkpoint import Checkpoint, expected_parameters, open_checkpoint
+from llava_jax.convert.accounting import expected_parameters
+from llava_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.convert.export import write_delta, write_huggingface, write_original
 from llava_jax.convert.folder import check_parameters, write_model_folder
 from llava_jax.convert.safetensors_file import total_bytes

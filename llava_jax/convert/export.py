@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from llava_jax.convert.tensor import Tensor
 from llava_jax.convert.vocabulary import grow_vocabulary
 from llava_jax.data.anyres import AnyRes
 from llava_jax.errors import CheckpointError
+from llava_jax.models.parameters import part
 from llava_jax.shapes import LlavaConfig
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -121,10 +121,14 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
 
 def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source: str) -> tuple[str, ...]:
     """The original's layout, less the base's decoder; the base's fingerprint is kept, and asked for again."""
-    delta = dataclasses.replace(checkpoint, params=make_delta(checkpoint.params, base.params))
     model = _llava(checkpoint)
+    # A tower that its config only names is not the delta's to pass on.
+    params = {name: value for name, value in checkpoint.params.items() if checkpoint.has_tower or part(name) != "tower"}
     tensors = to_layout(
-        delta.params, "original", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
+        make_delta(params, base.params),
+        "original",
+        projector_depth=model.projector_depth,
+        patch_size=model.vision.patch_size,
     )
     name = checkpoint.config.get("mm_vision_tower")
     if not isinstance(name, str):
@@ -260,12 +264,8 @@ def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         tokenizer["added_tokens"] += [{"id": token_id, "content": text, **flags} for text, token_id in added.items()]
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n")
     else:
-        _write_json(folder / "added_tokens.json", added_tokens_of(folder) | dict(added))
-
-
-def added_tokens_of(folder: Path) -> dict[str, int]:
-    path = folder / "added_tokens.json"
-    return read_json(path) if path.is_file() else {}
+        path = folder / "added_tokens.json"
+        _write_json(path, (read_json(path) if path.is_file() else {}) | dict(added))
 
 
 def _generation(tokens: SpecialTokens) -> dict[str, Any]:
@@ -279,9 +279,3 @@ def _dtype(params: Mapping[str, Tensor]) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(content), indent=2) + "\n")
-
-
-def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
-    """Licence texts of the source, since they bind whoever passes the weights on."""
-    for path in {path for file in checkpoint.files for path in file.parent.glob("LICENSE*")}:
-        shutil.copyfile(path, folder / path.name)

@@ -7,20 +7,23 @@ from typing import Any
 from llava_jax.errors import CheckpointError
 
 # Bookkeeping, generation and training fields of transformers' configs: no forward pass reads them.
-INERT = frozenset(
-    """
-    architectures model_type transformers_version dtype torch_dtype name_or_path auto_map task_specific_params
-    return_dict output_hidden_states output_attentions use_cache torchscript use_bfloat16 pruned_heads is_decoder
-    is_encoder_decoder tie_encoder_decoder add_cross_attention cross_attention_hidden_size chunk_size_feed_forward
-    id2label label2id problem_type finetuning_task tokenizer_class prefix decoder_start_token_id sep_token_id
-    bos_token_id eos_token_id pad_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tf_legacy_loss initializer_range initializer_factor logit_scale_init_value pretraining_tp
-    ignore_index image_seq_length attn_implementation max_sequence_length unsloth_version use_flash_attn
-    """.split()
-)
+# fmt: off
+INERT = frozenset((
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "name_or_path", "auto_map",
+    "task_specific_params", "return_dict", "output_hidden_states", "output_attentions", "use_cache",
+    "torchscript", "use_bfloat16", "pruned_heads", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder",
+    "add_cross_attention", "cross_attention_hidden_size", "chunk_size_feed_forward", "id2label", "label2id",
+    "problem_type", "finetuning_task", "tokenizer_class", "prefix", "decoder_start_token_id", "sep_token_id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "min_length", "do_sample", "early_stopping",
+    "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "tf_legacy_loss", "initializer_range", "initializer_factor",
+    "logit_scale_init_value", "pretraining_tp", "ignore_index", "image_seq_length", "attn_implementation",
+    "max_sequence_length", "unsloth_version", "use_flash_attn",
+))
+# fmt: on
 
 
 class Fields:

@@ -80,7 +80,9 @@ def staged(folder: str) -> Iterator[Path]:
         new.chmod(0o755)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise CheckpointError(f"{folder!r} could not be written: {error}. Free space or name another folder.") from error
+        raise CheckpointError(
+            f"{folder!r} could not be written: {error}. Free space or name another folder."
+        ) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -193,9 +193,7 @@ def restore_layout(tensor: Tensor, kind: Kind, patch_size: int) -> Tensor:
         return tensor.changed(tensor.shape[::-1], np.transpose)
     if kind == "patches":
         shape = (tensor.shape[1], 3, patch_size, patch_size)
-        return tensor.changed(
-            shape, lambda v: v.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
-        )
+        return tensor.changed(shape, lambda v: v.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1))
     return tensor
 
 

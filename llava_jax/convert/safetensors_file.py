@@ -46,7 +46,9 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         return _tensors(path, header, start=8 + length, size=size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error} in its header" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path} must be a safetensors file: {reason}. Write it again from its source.") from error
+        raise CheckpointError(
+            f"{path} must be a safetensors file: {reason}. Write it again from its source."
+        ) from error
 
 
 def _tensors(path: Path, header: Any, *, start: int, size: int) -> dict[str, Tensor]:
@@ -82,7 +84,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], written: Callable[[int], Any] = lambda _: None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], written: Callable[[int], Any] = lambda _: None
+) -> None:
     """Writes the header, then one tensor after the other; `written` hears the bytes of each."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Wide dtypes first, as the library orders them, so that every tensor is aligned.
@@ -105,7 +109,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], written: Callab
             # A turned view must be laid out anew: its buffer would come back scrambled, without a word.
             value = np.ascontiguousarray(tensors[key].view())
             if value.nbytes != tensors[key].nbytes or value.dtype != tensors[key].dtype:
-                raise CheckpointError(f"{tensors[key].origin} is {value.dtype} of {value.nbytes} bytes, not as it said.")
+                raise CheckpointError(
+                    f"{tensors[key].origin} is {value.dtype} of {value.nbytes} bytes, not as it said."
+                )
             file.write(value.reshape(-1).view(np.uint8).data)
             written(value.nbytes)
 

@@ -256,7 +256,13 @@ def _storage(identity: Any, sizes: dict[str, int] | None) -> _Storage:
 
 def _rebuild(function: Any, arguments: Any) -> Any:
     match function, arguments:
-        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage() as storage, offset, tuple(shape), tuple(strides), *_):
+        case _Name("torch._utils _rebuild_tensor_v2"), (
+            _Storage() as storage,
+            offset,
+            tuple(shape),
+            tuple(strides),
+            *_,
+        ):
             return _Strided(storage, offset, shape, strides)
         case _Name("torch._utils _rebuild_parameter"), (_Strided() as tensor, *_):
             return tensor

@@ -44,7 +44,9 @@ def open_weights(folder: Path) -> Weights:
             return _open_shards(folder, folder / f"{name}.index.json")
         if (folder / name).is_file():
             return Weights(open_file(folder / name), (folder / name,))
-    raise CheckpointError(f"{str(folder)!r} must hold {' or '.join(NAMES)}, or an index; it does not. Download it again.")
+    raise CheckpointError(
+        f"{str(folder)!r} must hold {' or '.join(NAMES)}, or an index; it does not. Download it again."
+    )
 
 
 def _open_shards(folder: Path, index: Path) -> Weights:

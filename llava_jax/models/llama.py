@@ -53,9 +53,7 @@ def frequencies(*, head_dim: int, theta: float, scaling: RopeScaling | None) -> 
     return frequency
 
 
-def rotary(
-    positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> Rotary:
+def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
     """Angles of `LlamaRotaryEmbedding`: the two halves of a head turn together."""
     inverse_frequency = frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
     angles = positions[:, :, None].astype(jnp.float32) * inverse_frequency
