@@ -54,7 +54,7 @@ def find_family(fields: Fields) -> Family:
             return "original"
     elif kind in ("llava", "llava_next") or (kind is None and "text_config" in fields and "vision_config" in fields):
         return "huggingface"
-    elif kind in _TEXT_DEFAULTS:
+    elif isinstance(kind, str) and kind in _TEXT_DEFAULTS:
         return "decoder"
     elif kind == "clip":
         return "clip"
@@ -66,9 +66,9 @@ def find_family(fields: Fields) -> Family:
     )
 
 
-def read_text(fields: Fields, kind: str) -> TextConfig:
+def read_text(fields: Fields, kind: Any) -> TextConfig:
     """The decoder of a `llama` or `mistral` config; the caller says when all its fields were taken."""
-    if kind not in _TEXT_DEFAULTS:
+    if not isinstance(kind, str) or kind not in _TEXT_DEFAULTS:
         raise CheckpointError(
             f"{fields.where}: a decoder of model_type={kind!r} is not supported, only llama, mistral."
         )
