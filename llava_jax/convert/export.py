@@ -31,12 +31,15 @@ from llava_jax.shapes import LlavaConfig
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 # transformers' converters pad the vocabulary to it, for tensor cores.
 _ROWS_MULTIPLE = 64
+GENERATION = "generation_config.json"
 # A tower for the original to read its shape from, in exports of models whose tower is no published one.
 TOWER = "vision_tower"
 
 
-def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
-    """`LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, with its processor; returns notes.
+def describe_huggingface(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, int], tuple[str, ...]]:
+    """Tensors and config.json of the L1 layout, tokens to add to the tokenizer, and notes.
 
     Raises:
       CheckpointError: transformers has no such model.
@@ -54,13 +57,10 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         )
     params, tokens, added, notes = _with_image_token(checkpoint)
     text = dataclasses.replace(model.text, vocab_size=params["decoder.embed_tokens.embedding"].shape[0])
-    dtype = _dtype(params)
-    decoder = text_fields(text) | token_fields(tokens)
-    kind = "llava_next" if is_next else "llava"
     config: dict[str, Any] = {
         "architectures": ["LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"],
-        "model_type": kind,
-        "text_config": decoder,
+        "model_type": "llava_next" if is_next else "llava",
+        "text_config": text_fields(text) | token_fields(tokens),
         "vision_config": vision_fields(model.vision),
         "image_token_index": tokens.image_id,
         "image_seq_length": model.num_features,
@@ -71,19 +71,33 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         "tie_word_embeddings": text.tie_embeddings,
         "pad_token_id": tokens.pad_id,
         "vocab_size": text.vocab_size,
-        "torch_dtype": dtype,
+        "torch_dtype": _dtype(params),
     }
     if isinstance(mode, AnyRes):
         config["image_grid_pinpoints"] = [[height, width] for width, height in mode.pinpoints]
     tensors = to_layout(
         params, "huggingface", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
     )
+    return tensors, config, added, notes
+
+
+def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
+    """`LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, with its processor; returns notes.
+
+    Raises:
+      CheckpointError: transformers has no such model.
+    """
+    tensors, config, added, notes = describe_huggingface(checkpoint)
+    model, mode = _llava(checkpoint), checkpoint.image_mode or "square"
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", config)
-        _write_json(new / "generation_config.json", _generation(tokens))
-        _write_json(new / PREPROCESSOR, preprocessor_fields(mode or "square", model.vision))
-        _write_json(new / PROCESSOR, processor_fields(model, mode or "square"))
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(
+            new / GENERATION, {n: config["text_config"][n] for n in ids if config["text_config"][n] is not None}
+        )
+        _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
+        _write_json(new / PROCESSOR, processor_fields(model, mode))
         template = chat_template_json(checkpoint.template)
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
@@ -110,7 +124,7 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", config)
-        _write_json(new / "generation_config.json", _generation(checkpoint.tokens))
+        _write_json(new / GENERATION, _generation(checkpoint.tokens))
         if not is_named:
             _write_tower(new / TOWER, checkpoint, model)
         if checkpoint.tokenizer is not None:
@@ -137,7 +151,7 @@ def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", _original_config(checkpoint, model, tower=name))
-        _write_json(new / "generation_config.json", _generation(checkpoint.tokens))
+        _write_json(new / GENERATION, _generation(checkpoint.tokens))
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
         _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))

@@ -33,12 +33,12 @@ def make_huggingface(folder: Path, *, is_next: bool = False, dtype: torch.dtype 
 
 def numpy_of(state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Tensors in numpy, bfloat16 kept."""
-    return {
-        key: value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        if value.dtype == torch.bfloat16
-        else value.numpy()
-        for key, value in ((key, value.detach().contiguous()) for key, value in state.items())
-    }
+    found = {}
+    for key, tensor in state.items():
+        value = tensor.detach().contiguous()
+        is_brain = value.dtype == torch.bfloat16
+        found[key] = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_brain else value.numpy()
+    return found
 
 
 def rename(state: Mapping[str, Any], layout: str) -> dict[str, Any]:
