@@ -231,7 +231,12 @@ def _interpret(source: bytes | BinaryIO, sizes: dict[str, int] | None = None) ->
 
 
 def _key(stack: list[Any]) -> str:
-    return next((repr(item) for item in reversed(stack) if isinstance(item, str)), "its pickle")
+    """The key whose value is being described: the first on the stack that has no tensor yet."""
+    keys = iter(stack)
+    for item in keys:
+        if isinstance(item, str) and not isinstance(next(keys, None), _Strided):
+            return repr(item)
+    return "its pickle"
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
