@@ -30,7 +30,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-KNOWN_HASHES = {_hash(text): name for name, text in CHAT_TEMPLATES.items()}
+KNOWN_HASHES = {_hash(text): name for name, text in CHAT_TEMPLATES.items()} | {
+    # chat_template.json of llava-1.5-{7b,13b}-hf and llava-v1.6-vicuna-{7b,13b}-hf, and of llava-v1.6-mistral-7b-hf.
+    # They leave out the system message and the spaces that these models were trained with; the templates have them.
+    "6fef09c05345e88b9f85e80bcb3491003332050750586568bdf91cfa81965d0c": "v1",
+    "ac1751256d0e7c19dcbac63d0feebee11bf81b86015276d08ee8b1f9ba0a42bc": "mistral_instruct",
+}
 
 
 def find_chat_template(folder: Path) -> str | None:

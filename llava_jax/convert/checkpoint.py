@@ -171,7 +171,11 @@ def _with_tower(
     else:
         # The original looks from where it is run; beside the checkpoint is where its files travel together.
         beside = folder.parent / name
-        found = open_checkpoint(tower or (str(beside) if not Path(name).exists() and beside.is_dir() else name))
+        is_beside = not Path(name).exists() and beside.is_dir()
+        try:
+            found = open_checkpoint(tower or (str(beside) if is_beside else name))
+        except CheckpointError as error:
+            raise CheckpointError(f"The tower that {fields.where} names: {error} Or give it as --tower.") from error
         vision = found.model.vision if isinstance(found.model, ClipConfig) else found.model
         if not isinstance(vision, VisionConfig):
             raise CheckpointError(f"{fields.where}: mm_vision_tower={name!r} must be CLIP; it is {found.layout}.")

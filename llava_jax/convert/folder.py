@@ -1,6 +1,7 @@
 """Writing folders, in one move: our model folders, and what every written folder has in common."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from llava_jax.convert.checkpoint import (
     SOURCE_CONFIG,
     TOKENIZER,
     TOKENIZER_FILES,
+    Checkpoint,
     open_checkpoint,
     without_files,
 )
@@ -23,6 +25,7 @@ from llava_jax.convert.safetensors_file import split, total_bytes, write_safeten
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters, part
+from llava_jax.shapes import ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -128,9 +131,13 @@ def read_parameters(source: str, parts: Collection[str] | None = None) -> Parame
     Raises:
       CheckpointError: the source is none of these, is damaged, or has no such part.
     """
-    params: Parameters = dict(open_checkpoint(source).params)
-    if parts is None:
-        return params
+    found = open_checkpoint(source)
+    return dict(found.params) if parts is None else parts_of(found, parts, source)
+
+
+def parts_of(checkpoint: Checkpoint, parts: Collection[str], source: str) -> Parameters:
+    """The parameters of the named parts, all of which must be there."""
+    params = checkpoint.params
     found = {part(name) for name in params}
     if not set(parts) <= found:
         raise CheckpointError(
@@ -138,6 +145,30 @@ def read_parameters(source: str, parts: Collection[str] | None = None) -> Parame
             "Mend init in the config."
         )
     return {name: value for name, value in params.items() if part(name) in parts}
+
+
+def read_part(source: str, name: str, model: ModelConfig) -> Parameters:
+    """The parameters of one part, from a checkpoint in which that part would compute the same numbers.
+
+    Raises:
+      CheckpointError: the checkpoint has no such part, or its own config gives the part another shape.
+    """
+    found = open_checkpoint(source)
+    field = {"decoder": "text", "tower": "vision"}.get(name)
+    theirs, ours = (getattr(config, field, config) if field else None for config in (found.model, model))
+    if ours is not None and dataclasses.is_dataclass(theirs) and type(theirs) is type(ours):
+        # How many positions may be used is the run's to say; of the vocabulary the tensors tell more.
+        names = [entry.name for entry in dataclasses.fields(ours) if entry.name not in ("max_positions", "vocab_size")]
+        differing = [
+            f"{key} is {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here"
+            for key in names
+            if getattr(theirs, key) != getattr(ours, key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"init.{name}={source} was trained as another {field}: {'; '.join(differing)}. Mend model.{field}."
+            )
+    return parts_of(found, {name}, source)
 
 
 def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.convert.arrays import place
-from llava_jax.convert.folder import check_parameters, read_parameters
+from llava_jax.convert.folder import check_parameters, read_part
 from llava_jax.errors import UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
@@ -86,7 +86,7 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
         values |= random_parameters(config.model, random, seed=config.seed)
     for name, source in config.init.items():
         if name not in random:
-            found = read_parameters(source, {name})
+            found = read_part(source, name, config.model)
             expected = {n: v for n, v in layout.parameters.items() if part(n) == name}
             check_parameters(found, expected, f"init.{name}={source}")
             values |= found
