@@ -1,5 +1,6 @@
 """Accounting for a checkpoint: every tensor against the shape of its config, each problem by name."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig, TextConfig, V
 from llava_jax.sizes import CLIP_L_336
 
 
+@functools.lru_cache(maxsize=4)
 def expected_parameters(model: ModelConfig | TextConfig | VisionConfig) -> dict[str, Any]:
     """The abstract parameters of a model, or of the part of a LLaVA that a shape stands for."""
     if isinstance(model, LlavaConfig | ClipConfig):

@@ -16,7 +16,7 @@ _PARTS = (
     "{% endif %}{% endmacro %}"
 )
 V1 = (
-    _PARTS + "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
+    _PARTS + "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.{{ ' ' }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ 'USER: ' + said(message['content']) + ' ' }}"

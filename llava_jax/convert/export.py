@@ -102,7 +102,7 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
             _add_tokens(new, added)
-        if template is not None and not (new / "chat_template.jinja").is_file():
+        if template is not None and not any(new.glob("chat_template.*")):
             (new / "chat_template.json").write_text(template)
         _describe(new, checkpoint, source, notes)
     return notes

@@ -17,6 +17,8 @@ from llava_jax.convert.safetensors_file import open_safetensors
 from llava_jax.convert.tensor import in_memory
 from llava_jax.convert.weights import open_weights
 from llava_jax.data.anyres import AnyRes
+from llava_jax.data.conversation import V1
+from llava_jax.data.records import Turn
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.inference.model import load
 from tests.convert.llavas import make_huggingface, numpy_of, original_config, rename, write_folder, write_tower
@@ -80,6 +82,11 @@ def test_transformers_loads_an_export_whole_and_computes_the_same(data: Path, tm
         )
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == image_id
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."), Turn("user", "Why?")]
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
+    messages[0]["content"] = [{"type": "text", "text": "What?"}, {"type": "image"}]
+    wanted = "".join(span.text for span in V1.render(turns, opened=True))
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == wanted
     if is_next:
         assert processor.image_processor.image_grid_pinpoints == [[16, 32], [32, 16], [32, 32]]
     else:
