@@ -58,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override one field")
     train.set_defaults(run=_train)
 
+    convert = commands.add_parser("convert", help="write a checkpoint of any layout in another")
+    convert.add_argument("source", metavar="SRC", help="folder of any layout, training workdir, or hub name")
+    convert.add_argument("target", metavar="DST", help="folder to write")
+    convert.add_argument("--to", required=True, choices=("jax", "hf", "original", "delta"))
+    convert.add_argument("--base", metavar="SRC", help="what a delta, an adapter or a projector belongs to")
+    convert.add_argument(
+        "--tower", metavar="SRC", help="CLIP folder, instead of the one that the original's config names"
+    )
+    convert.set_defaults(run=_convert)
+
     data = commands.add_parser("data", help="look at a config's data").add_subparsers(required=True, metavar="WHAT")
     check = data.add_parser("check", help="read every record once and count what is refused, by reason")
     check.add_argument("--config", required=True, metavar="FILE")
@@ -125,6 +135,13 @@ def _train(arguments: argparse.Namespace) -> None:
     from llava_jax.train.loop import train
 
     train(load_config(arguments.config, tuple(arguments.set)), arguments.workdir)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from llava_jax.convert.conversion import convert
+
+    done = convert(arguments.source, arguments.target, to=arguments.to, base=arguments.base, tower=arguments.tower)
+    print(done)
 
 
 def _check_data(arguments: argparse.Namespace) -> None:

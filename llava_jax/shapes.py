@@ -70,6 +70,42 @@ class ClipConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by `factor` (`rope_type` linear of transformers)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _require_scaling(self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Slow rotations divided by `factor`, quick ones kept (`rope_type` llama3 of transformers).
+
+    A rotation is slow that turns fewer than `low_frequency_factor` times within `original_positions`, quick one
+    that turns more than `high_frequency_factor` times; between them the two are mixed.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+    def __post_init__(self) -> None:
+        _require_scaling(self.factor)
+        _require_positive(self, "original_positions")
+        if not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            raise ValueError(
+                "rope_scaling needs 0 < low_frequency_factor < high_frequency_factor; got "
+                f"{self.low_frequency_factor} and {self.high_frequency_factor}."
+            )
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Shape of a Llama-family decoder (`LlamaConfig`, `MistralConfig` of transformers)."""
 
@@ -81,6 +117,7 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
     norm_eps: float
     max_positions: int
     tie_embeddings: bool
@@ -158,6 +195,11 @@ class LlavaConfig:
 
 
 ModelConfig = LlavaConfig | ClipConfig
+
+
+def _require_scaling(factor: float) -> None:
+    if factor < 1:
+        raise ValueError(f"rope_scaling.factor must be at least 1; got {factor}.")
 
 
 def _require_positive(config: object, *names: str) -> None:

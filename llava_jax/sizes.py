@@ -16,6 +16,9 @@ CLIP_L_336 = VisionConfig(
     activation="quick_gelu",
 )
 
+# openai/clip-vit-large-patch14
+CLIP_L_224 = dataclasses.replace(CLIP_L_336, image_size=224)
+
 # lmsys/vicuna-7b-v1.5
 VICUNA_7B = TextConfig(
     vocab_size=32_000,
@@ -26,6 +29,7 @@ VICUNA_7B = TextConfig(
     num_kv_heads=32,
     head_dim=128,
     rope_theta=10_000.0,
+    rope_scaling=None,
     norm_eps=1e-5,
     max_positions=4096,
     tie_embeddings=False,
@@ -42,6 +46,7 @@ VICUNA_13B = TextConfig(
     num_kv_heads=40,
     head_dim=128,
     rope_theta=10_000.0,
+    rope_scaling=None,
     norm_eps=1e-5,
     max_positions=4096,
     tie_embeddings=False,
@@ -97,6 +102,7 @@ QUICKSTART_LLAVA = LlavaConfig(
         num_kv_heads=4,
         head_dim=32,
         rope_theta=10_000.0,
+        rope_scaling=None,
         norm_eps=1e-5,
         max_positions=512,
         tie_embeddings=True,
@@ -129,6 +135,7 @@ DEBUG = LlavaConfig(
         num_kv_heads=2,
         head_dim=8,
         rope_theta=10_000.0,
+        rope_scaling=None,
         norm_eps=1e-5,
         max_positions=256,
         tie_embeddings=False,

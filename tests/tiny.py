@@ -39,6 +39,7 @@ TEXT = TextConfig(
     num_kv_heads=2,
     head_dim=8,
     rope_theta=10_000.0,
+    rope_scaling=None,
     norm_eps=1e-5,
     max_positions=512,
     tie_embeddings=False,

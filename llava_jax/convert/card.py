@@ -70,9 +70,12 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 def _read(name: str, hint: Any, value: Any) -> Any:
     """A field's value from what JSON keeps of it: no tuples, no dataclasses, whole floats without a point."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    shapes = [option for option in options if dataclasses.is_dataclass(option)]
     for option in options:
         items = typing.get_args(option)
-        if isinstance(value, dict) and dataclasses.is_dataclass(option):
+        # Of several dataclasses the fields say which; the last one tells what is wrong.
+        is_dict = isinstance(value, dict) and option in shapes
+        if is_dict and (option is shapes[-1] or set(value) == set(typing.get_type_hints(option))):
             return _build(option, value)
         if typing.get_origin(option) is Literal and value in items:
             return value

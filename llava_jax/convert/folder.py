@@ -1,65 +1,116 @@
-"""Model folders: per-layer safetensors, `model.json`, `tokenizer/`, `provenance.json`; and reading any folder."""
+"""Writing folders, in one move: our model folders, and what every written folder has in common."""
 
-import datetime
-import hashlib
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
-from importlib import metadata
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llava_jax.convert.card import FILE, ModelCard, read_card, write_card
-from llava_jax.convert.layouts import from_huggingface
+from llava_jax.convert.card import ModelCard, write_card
+from llava_jax.convert.checkpoint import (
+    PROVENANCE,
+    SOURCE_CONFIG,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    Checkpoint,
+    open_checkpoint,
+    without_files,
+)
+from llava_jax.convert.provenance import write_provenance
+from llava_jax.convert.safetensors_file import split, total_bytes, write_safetensors
+from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters, part
+from llava_jax.shapes import ModelConfig
 
 WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer"
-# What a tokenizer is, in transformers' folders; other files of a source folder are left behind.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
+INDEX = f"{WEIGHTS}.index.json"
+# What transformers 4 and the hub split at.
+SHARD_BYTES = 5_000_000_000
 
 
-def write_model_folder(folder: str, card: ModelCard, params: Mapping[str, Any], *, tokenizer: str, source: str) -> None:
-    """Writes everything that `generate`, `chat`, `score` and `init` need; replaces an older folder in one move."""
-    from safetensors.numpy import save_file
+def write_model_folder(
+    folder: str,
+    card: ModelCard,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: str | None,
+    source: str,
+    config: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes everything that `generate`, `chat`, `score` and `init` need; replaces an older folder in one move.
 
+    `params` are arrays, or tensors that still lie in their files; `config` is the source's own config.json and
+    `record` what provenance says beyond `source`.
+    """
+    tensors = dict(params) if _in_files(params) else without_files(params, source)
+    with staged(folder) as new:
+        write_weights(new, tensors)
+        write_card(new, card)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, new / TOKENIZER)
+        if config:
+            (new / SOURCE_CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+        write_provenance(new, source=source, **(record or {}))
+
+
+def _in_files(params: Mapping[str, Any]) -> bool:
+    return bool(params) and all(isinstance(value, Tensor) for value in params.values())
+
+
+@contextlib.contextmanager
+def staged(folder: str) -> Iterator[Path]:
+    """A fresh folder that takes the place of `folder` when all of it was written, and leaves nothing if it fails.
+
+    Raises:
+      CheckpointError: something is there that was not written here.
+    """
     target = Path(folder)
-    if target.exists() and not (target / WEIGHTS).is_file() and (not target.is_dir() or any(target.iterdir())):
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty and not (target / PROVENANCE).is_file():
         raise CheckpointError(
-            f"Only an older model folder is replaced; {folder!r} holds no {WEIGHTS}. Name another folder."
+            f"Only a folder that was written here is replaced; {folder!r} holds no {PROVENANCE}. Name another folder."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        # safetensors writes the buffer as it lies: a turned view would come back scrambled, without a word.
-        save_file({name: np.asarray(value, order="C") for name, value in params.items()}, new / WEIGHTS)
-        write_card(new, card)
-        copy_tokenizer(tokenizer, new / TOKENIZER)
-        provenance = {
-            "source": source,
-            "tool": f"llava_jax {metadata.version('llava_jax')}",
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "sha256": {str(path.relative_to(new)): _sha256(path) for path in sorted(new.rglob("*")) if path.is_file()},
-        }
-        (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        yield new
         new.chmod(0o755)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder!r} could not be written: {error}. Free space or name another folder."
+        ) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(new, target)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """One safetensors file, or shards and the index of them; one tensor is in memory at a time."""
+    from tqdm import tqdm
+
+    shards = split(tensors, shard_bytes)
+    total = total_bytes(tensors.values())
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 1e8, leave=False) as bar:
+        if len(shards) == 1:
+            write_safetensors(folder / WEIGHTS, tensors, bar.update)
+            return
+        where = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(folder / name, shard, bar.update)
+            where |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_tokenizer(source: str, target: Path) -> None:
@@ -72,36 +123,52 @@ def copy_tokenizer(source: str, target: Path) -> None:
             shutil.copyfile(Path(source, name), target / name)
 
 
-def read_parameters(folder: str, parts: Collection[str] | None = None) -> Parameters:
-    """The parameters of a model folder, a training workdir (newest step) or a Hugging Face folder.
+def read_parameters(source: str, parts: Collection[str] | None = None) -> Parameters:
+    """The parameters of whatever `open_checkpoint` opens, as tensors that still lie in their files.
 
     `parts` names the parts wanted; the others are left out.
 
     Raises:
-      CheckpointError: the folder is neither, is damaged, or has no such part.
+      CheckpointError: the source is none of these, is damaged, or has no such part.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"Weights must come from a folder or be 'random'; {folder!r} does not exist.")
-    if Path(folder, WEIGHTS).is_file() and Path(folder, FILE).is_file():
-        params = _read_safetensors(Path(folder, WEIGHTS))
-    elif Path(folder, "checkpoints").is_dir():
-        from llava_jax.convert.workdir import read_workdir
+    found = open_checkpoint(source)
+    return dict(found.params) if parts is None else parts_of(found, parts, source)
 
-        params = read_workdir(folder)
-    elif Path(folder, "config.json").is_file():
-        params = from_huggingface(_read_shards(folder))
-    else:
-        read_card(folder)
-        raise CheckpointError(f"A model folder must hold {WEIGHTS}; {folder!r} does not. Write it again.")
-    if parts is None:
-        return params
+
+def parts_of(checkpoint: Checkpoint, parts: Collection[str], source: str) -> Parameters:
+    """The parameters of the named parts, all of which must be there."""
+    params = checkpoint.params
     found = {part(name) for name in params}
     if not set(parts) <= found:
         raise CheckpointError(
-            f"{folder!r} has no part {', '.join(sorted(set(parts) - found))}; it has {', '.join(sorted(found))}. "
+            f"{source!r} has no part {', '.join(sorted(set(parts) - found))}; it has {', '.join(sorted(found))}. "
             "Mend init in the config."
         )
     return {name: value for name, value in params.items() if part(name) in parts}
+
+
+def read_part(source: str, name: str, model: ModelConfig) -> Parameters:
+    """The parameters of one part, from a checkpoint in which that part would compute the same numbers.
+
+    Raises:
+      CheckpointError: the checkpoint has no such part, or its own config gives the part another shape.
+    """
+    found = open_checkpoint(source)
+    field = {"decoder": "text", "tower": "vision"}.get(name)
+    theirs, ours = (getattr(config, field, config) if field else None for config in (found.model, model))
+    if ours is not None and dataclasses.is_dataclass(theirs) and type(theirs) is type(ours):
+        # How many positions may be used is the run's to say; of the vocabulary the tensors tell more.
+        names = [entry.name for entry in dataclasses.fields(ours) if entry.name not in ("max_positions", "vocab_size")]
+        differing = [
+            f"{key} is {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here"
+            for key in names
+            if getattr(theirs, key) != getattr(ours, key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"init.{name}={source} was trained as another {field}: {'; '.join(differing)}. Mend model.{field}."
+            )
+    return parts_of(found, {name}, source)
 
 
 def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
@@ -116,40 +183,3 @@ def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any], sou
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not hold this model: {shown}. Check its shape in the config.")
-
-
-def _read_shards(folder: str) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face folder: one safetensors file, or the shards that its index names."""
-    index = Path(folder, f"{WEIGHTS}.index.json")
-    if not index.is_file():
-        if not Path(folder, WEIGHTS).is_file():
-            raise CheckpointError(f"{folder!r} must hold {WEIGHTS} or its index; it does not. Save it as safetensors.")
-        return _read_safetensors(Path(folder, WEIGHTS))
-    try:
-        where = {str(tensor): Path(file) for tensor, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} must map tensors to files: {error!r}. Download it again.") from error
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(where.values())):
-        if name.name != str(name):
-            raise CheckpointError(f"Shards must lie beside their index; {index} names {str(name)!r}. Do not trust it.")
-        tensors |= _read_safetensors(Path(folder, name))
-    if set(tensors) != set(where):
-        wrong = sorted(set(tensors) ^ set(where))
-        raise CheckpointError(f"{index} and its shards must name the same tensors; they differ in {wrong[:8]}.")
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} must be a safetensors file: {error}. Write it again from its source.") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

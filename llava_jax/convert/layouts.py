@@ -1,16 +1,20 @@
-"""Names and memory layouts of Hugging Face checkpoints, as one table."""
+"""Names and memory layouts of the checkpoints of others, as tables: theirs to ours, and ours to theirs."""
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 
 # same: as it is; matrix: torch keeps (out, in), we keep (in, out); patches: a convolution's (out, 3, p, p) becomes
 # (p * p * 3, out), the order in which `ClipTower` flattens a patch.
 Kind = Literal["same", "matrix", "patches"]
+
+
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 class Rule(NamedTuple):
@@ -28,10 +32,11 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     (r"(model\.)?multi_modal_projector\.linear_", "projector.linear_"),
     (r"model\.mm_projector\.", "projector."),
     (r"text_model\.", "caption."),
+    (r"model\.(?=image_newline)", ""),
     (r"model\.", "decoder."),
     # A vision tower that transformers 5 saved alone.
     (r"(?=embeddings\.(class|patch|position)_embedding|pre_layrnorm|encoder\.layers|post_layernorm)", "tower."),
-    (r"(?=logit_scale|visual_projection|text_projection)", ""),
+    (r"(?=logit_scale|visual_projection|text_projection|image_newline)", ""),
 )
 
 # After the prefix. Numbers of layers are the same on both sides.
@@ -65,13 +70,46 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(r"(tower|caption)\.encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.bias", r"\1.layers.\2.\3.\4.bias", "same"),
     Rule(r"(visual|text)_projection\.weight", r"\1_projection.kernel", "matrix"),
-    Rule(r"logit_scale", "logit_scale", "same"),
+    Rule(r"(logit_scale|image_newline)", r"\1", "same"),
 )
+
+# The way back, for all but the projector, whose numbers differ: ours, and theirs after the prefix of the part.
+_EXPORTS: tuple[tuple[str, str], ...] = (
+    (r"tower\.(class_embedding)", r"{tower}embeddings.\1"),
+    (r"tower\.(patch_embedding)\.kernel", r"{tower}embeddings.\1.weight"),
+    (r"tower\.(position_embedding)", r"{tower}embeddings.\1.weight"),
+    (r"tower\.pre_layernorm\.(scale|bias)", r"{tower}pre_layrnorm.\1"),
+    (r"tower\.(post_layernorm)\.(scale|bias)", r"{tower}\1.\2"),
+    (r"tower\.(layers\..*)", r"{tower}encoder.\1"),
+    (r"decoder\.(lm_head\.kernel)", r"{head}\1"),
+    (r"decoder\.(.*)", r"{decoder}\1"),
+    (r"(image_newline)", r"{newline}\1"),
+)
+# L1 is what every transformers reads; the original wraps its tower twice.
+LAYOUTS: dict[str, dict[str, str]] = {
+    "huggingface": {
+        "tower": "vision_tower.vision_model.",
+        "decoder": "language_model.model.",
+        "head": "language_model.",
+        "newline": "",
+    },
+    "original": {
+        "tower": "model.vision_tower.vision_tower.vision_model.",
+        "decoder": "model.",
+        "head": "",
+        "newline": "model.",
+    },
+}
 
 # The original numbers the projector's `nn.Sequential`, activations included: 0, 2, 4, ...
 _SEQUENTIAL = re.compile(r"projector\.(\d+)\.(weight|bias)")
 # Buffers that the shapes already say; they are no parameters.
 _BUFFERS = re.compile(r".*\.(inv_freq|position_ids)")
+
+
+def is_buffer(theirs: str) -> bool:
+    """Whether a key names values that the shape already says."""
+    return _BUFFERS.fullmatch(theirs) is not None
 
 
 def our_name(theirs: str) -> tuple[str, Kind] | None:
@@ -95,16 +133,16 @@ def our_name(theirs: str) -> tuple[str, Kind] | None:
     return None
 
 
-def from_huggingface(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def from_huggingface(tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Our parameters of a state dict; every key is used exactly once.
 
     Raises:
       CheckpointError: names the keys that no rule knows, or that two rules claim for one parameter.
     """
-    values: dict[str, np.ndarray] = {}
+    values: dict[str, Array] = {}
     unknown: list[str] = []
     for theirs, value in tensors.items():
-        if _BUFFERS.fullmatch(theirs):
+        if is_buffer(theirs):
             continue
         found = our_name(theirs)
         if found is None:
@@ -118,8 +156,62 @@ def from_huggingface(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return values
 
 
-def change_layout(value: np.ndarray, kind: Kind) -> np.ndarray:
-    """One tensor of theirs in our memory layout."""
+def their_name(ours: str, layout: str, *, projector_depth: int) -> str:
+    """The key of one of our parameters in another layout."""
+    match = re.fullmatch(r"projector\.linear\.(\d+)\.(kernel|bias)", ours)
+    if match is not None:
+        index, leaf = int(match[1]), "weight" if match[2] == "kernel" else "bias"
+        if layout == "huggingface":
+            return f"multi_modal_projector.linear_{index + 1}.{leaf}"
+        return f"model.mm_projector.{leaf}" if projector_depth == 1 else f"model.mm_projector.{2 * index}.{leaf}"
+    for pattern, theirs in _EXPORTS:
+        match = re.fullmatch(pattern, ours)
+        if match is not None:
+            name = match.expand(theirs).format(**LAYOUTS[layout])
+            return re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
+    raise AssertionError(f"{ours} has no name in the layout {layout}")
+
+
+def to_layout(params: Mapping[str, Tensor], layout: str, *, projector_depth: int, patch_size: int) -> dict[str, Tensor]:
+    """Our parameters under the keys and in the memory layout of `huggingface` (L1) or `original`."""
+    tensors = {}
+    for ours, tensor in params.items():
+        theirs = their_name(ours, layout, projector_depth=projector_depth)
+        tensors[theirs] = restore_layout(tensor, _kind(ours), patch_size)
+    return tensors
+
+
+def _kind(ours: str) -> Kind:
+    if ours == "tower.patch_embedding.kernel":
+        return "patches"
+    return "matrix" if ours.endswith(".kernel") else "same"
+
+
+def restore_layout(tensor: Tensor, kind: Kind, patch_size: int) -> Tensor:
+    """The inverse of `change_layout`."""
+    if kind == "matrix":
+        return tensor.changed(tensor.shape[::-1], np.transpose)
+    if kind == "patches":
+        shape = (tensor.shape[1], 3, patch_size, patch_size)
+        return tensor.changed(shape, lambda v: v.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1))
+    return tensor
+
+
+def change_layout(value: Array, kind: Kind) -> Array:
+    """One tensor of theirs in our memory layout; one that lies in a file stays there.
+
+    Raises:
+      CheckpointError: the tensor has another number of axes than its name says.
+    """
+    if isinstance(value, Tensor):
+        if len(value.shape) != {"matrix": 2, "patches": 4}.get(kind, len(value.shape)):
+            raise CheckpointError(f"{value.origin} has the shape {value.shape}, which a {kind} cannot have.")
+        shape = value.shape
+        if kind == "matrix":
+            shape = shape[::-1]
+        elif kind == "patches":
+            shape = (shape[1] * shape[2] * shape[3], shape[0])
+        return value.changed(shape, lambda values: change_layout(values, kind))
     if kind == "matrix":
         return value.T
     if kind == "patches":

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from PIL import Image
 
-from llava_jax.convert.card import read_card
-from llava_jax.convert.folder import TOKENIZER, check_parameters, read_parameters
+from llava_jax.convert.arrays import place
+from llava_jax.convert.checkpoint import open_checkpoint
+from llava_jax.convert.folder import check_parameters
 from llava_jax.data.conversation import IMAGE_MARK, Span, Template, marked, tokenize
 from llava_jax.data.images import ImageMode, cut_tiles, find_layout, open_image
 from llava_jax.data.records import Turn
@@ -83,41 +84,45 @@ class Processor:
         return make_example(text, tiles, layouts, self.image_size)
 
 
-def load(path: str, *, template: str | None = None) -> tuple[Model, Processor]:
-    """Opens a model folder or a training workdir (its newest step) for inference, in float32.
+def load(
+    path: str, *, template: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> tuple[Model, Processor]:
+    """Opens a model for inference: a model folder, a training workdir (newest step), or a folder or hub name of a
+    Hugging Face or original LLaVA.
 
-    `template` names a conversation template instead of the one that the folder names.
+    `template` names a conversation template instead of the one that the checkpoint names; `dtype` is what the
+    parameters are held in.
 
     Raises:
-      CheckpointError: the folder holds no LLaVA model, or a damaged one; says what is wrong.
+      CheckpointError: there is no LLaVA model, or a damaged one; says what is wrong.
     """
-    card = read_card(path)
-    if not isinstance(card.model, LlavaConfig):
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.model
+    if not isinstance(config, LlavaConfig) or checkpoint.image_mode is None:
         raise CheckpointError(
-            f"Only a LLaVA model can answer; {path!r} holds a {type(card.model).__name__[:-6]} model. "
+            f"Only a LLaVA model can answer; {path!r} holds a {type(config).__name__[:-6]} model. "
             "Give the folder of a stage that trains on conversations."
         )
-    graphdef, expected = structure(card.model)
-    params = read_parameters(path)
-    check_parameters(params, expected, path)
-    model = Model(
-        config=card.model,
-        graphdef=graphdef,
-        params={name: jnp.asarray(value, jnp.float32) for name, value in params.items()},
-    )
-    tokenizer = open_tokenizer(str(Path(path, TOKENIZER)))
-    if tokenizer.vocab_size > card.model.text.vocab_size:
+    graphdef, expected = structure(config)
+    check_parameters(checkpoint.params, expected, path)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {name: place(value, dtype, here) for name, value in checkpoint.params.items()}
+    model = Model(config=config, graphdef=graphdef, params=params)
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"A model must come with its tokenizer; {path!r} has none. Put tokenizer.json there.")
+    tokenizer = open_tokenizer(str(checkpoint.tokenizer))
+    if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"Every token must have an embedding; the tokenizer of {path!r} has vocab_size={tokenizer.vocab_size}, "
-            f"the model {card.model.text.vocab_size}. Put the model's own tokenizer there."
+            f"the model {config.text.vocab_size}. Put the model's own tokenizer there."
         )
-    name = template if template is not None else card.template
+    name = template if template is not None else checkpoint.template
     processor = Processor(
         tokenizer=tokenizer,
         template=None if name is None else find_template(name),
-        image_mode=card.image_mode,
-        image_size=card.model.vision.image_size,
-        num_features=card.model.num_features,
+        image_mode=checkpoint.image_mode,
+        image_size=config.vision.image_size,
+        num_features=config.num_features,
     )
     return model, processor
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
 from llava_jax.models.layers import Remat, make_layers, run_layers
-from llava_jax.shapes import TextConfig
+from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 
 
 class LayerCache(NamedTuple):
@@ -36,9 +36,26 @@ class Rotary(NamedTuple):
     sin: Float[Array, "b t h"]
 
 
-def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float) -> Rotary:
+def frequencies(*, head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " f"]:
+    """Radians per position of each pair of a head, slower where the context was stretched.
+
+    `_compute_linear_scaling_rope_parameters` and `_compute_llama3_parameters` of transformers.
+    """
+    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    match scaling:
+        case LinearScaling():
+            return frequency / scaling.factor
+        case Llama3Scaling():
+            turns = scaling.original_positions * frequency / (2 * jnp.pi)
+            low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+            return kept * frequency + (1 - kept) * frequency / scaling.factor
+    return frequency
+
+
+def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
     """Angles of `LlamaRotaryEmbedding`: the two halves of a head turn together."""
-    inverse_frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    inverse_frequency = frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
     angles = positions[:, :, None].astype(jnp.float32) * inverse_frequency
     angles = jnp.concatenate([angles, angles], axis=-1)
     return Rotary(jnp.cos(angles), jnp.sin(angles))
@@ -197,7 +214,8 @@ class Llama(nnx.Module):
         return self.lm_head.kernel[...]
 
     def _angles(self, positions: Int[Array, "b t"]) -> Rotary:
-        return rotary(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        config = self.config
+        return rotary(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
 
     def _scope(
         self,

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.convert.folder import check_parameters, read_parameters
+from llava_jax.convert.arrays import place
+from llava_jax.convert.folder import check_parameters, read_part
 from llava_jax.errors import UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
@@ -86,12 +86,13 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
         values |= random_parameters(config.model, random, seed=config.seed)
     for name, source in config.init.items():
         if name not in random:
-            found = read_parameters(source, {name})
+            found = read_part(source, name, config.model)
             expected = {n: v for n, v in layout.parameters.items() if part(n) == name}
             check_parameters(found, expected, f"init.{name}={source}")
             values |= found
     trainable, frozen, _ = layout.disk
-    checkpoints.save_frozen({name: jax.device_put(values[name], target.sharding) for name, target in frozen.items()})
+    as_found = {n: jax.ShapeDtypeStruct(t.shape, values[n].dtype, sharding=t.sharding) for n, t in frozen.items()}
+    checkpoints.save_frozen(_put(values, as_found))
     trainable, frozen = _to_memory(layout, tuple(_put(values, targets) for targets in (trainable, frozen)))
     make = jax.jit(optimizer.init, out_shardings=_shardings(layout.memory[2]))
     return State(step=0, trainable=trainable, frozen=frozen, opt_state=make(trainable))
@@ -136,11 +137,8 @@ def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _put(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Values on the mesh, in the dtype that the run holds them in."""
-    return {
-        name: jax.device_put(jnp.asarray(values[name], target.dtype), target.sharding)
-        for name, target in targets.items()
-    }
+    """Values on the mesh, in the dtype of their targets; each device is given its part, and no more is read."""
+    return {name: place(values[name], target.dtype, target.sharding) for name, target in targets.items()}
 
 
 def _shardings(tree: Any) -> Any:

@@ -169,7 +169,8 @@ def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (_edit(lambda card: card.update(kind="bert")), "bert"),
         (_edit(lambda card: card.update(colour="red")), r"does not know \['colour'\]"),
         (_edit(lambda card: card.pop("label")), r"lacks \['label'\]"),
-        (_edit(lambda card: card["model"]["text"].update(rope_scaling=2)), r"does not know \['rope_scaling'\]"),
+        (_edit(lambda card: card["model"]["text"].update(rope_scaling=2)), "rope_scaling must be .*; got 2"),
+        (_edit(lambda card: card["model"]["text"].update(rope_scaling={"factor": 0.5})), "factor must be at least 1"),
         (_edit(lambda card: card["model"]["vision"].pop("norm_eps")), r"lacks \['norm_eps'\]"),
         (_edit(lambda card: card["model"]["text"].update(num_layers="3")), "num_layers must be .*int.*; got '3'"),
         (_edit(lambda card: card["model"]["text"].update(num_kv_heads=3)), "num_kv_heads=3"),
@@ -222,7 +223,7 @@ def test_many_problems_are_counted(params: dict[str, np.ndarray]):
 
 def test_weights_that_are_not_there_are_refused(folder: Path):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors; '.*' does not"):
+    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
         load(str(folder))
 
 

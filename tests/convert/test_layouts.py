@@ -41,11 +41,13 @@ NAMES = {
     "visual_projection.weight": "visual_projection.kernel",
     "text_projection.weight": "text_projection.kernel",
     "logit_scale": "logit_scale",
+    "image_newline": "image_newline",
+    "model.image_newline": "image_newline",
 }
 
 UNKNOWN = [
     "model.mm_projector.1.weight",
-    "model.image_newline",
+    "model.image_newline.weight",
     "model.layers.0.self_attn.q_proj.bias",
     "model.layers.0.self_attn.rotary_emb.cos",
     "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",

@@ -12,7 +12,16 @@ from llava_jax.convert.layouts import from_huggingface
 from llava_jax.models.build import structure
 from llava_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from llava_jax.models.parameters import bind
-from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.shapes import (
+    CaptionConfig,
+    ClipConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LlavaConfig,
+    RopeScaling,
+    TextConfig,
+    VisionConfig,
+)
 
 IMAGE_ID = 319
 
@@ -30,11 +39,27 @@ def llama_config(config: TextConfig) -> transformers.PreTrainedConfig:
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {**_scaling(config.rope_scaling), "rope_theta": config.rope_theta},
     }
     if config.sliding_window is None:
         return transformers.LlamaConfig(**shape)
     return transformers.MistralConfig(**shape, sliding_window=config.sliding_window)
+
+
+def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    match scaling:
+        case None:
+            return {"rope_type": "default"}
+        case LinearScaling():
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case Llama3Scaling():
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_positions,
+            }
 
 
 def _tower(config: VisionConfig | CaptionConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from llava_jax.models.build import structure
 from llava_jax.models.llama import Llama
 from llava_jax.models.parameters import bind, parameters, skeleton
 from llava_jax.models.projector import Projector
-from llava_jax.shapes import TextConfig
+from llava_jax.shapes import LinearScaling, Llama3Scaling, TextConfig
 from llava_jax.train.objectives import Context, contrastive, cross_entropy
 from tests.models import oracle
 from tests.tiny import CLIP, LLAVA, TEXT, make_example
@@ -43,6 +43,14 @@ MHA = dataclasses.replace(TEXT, num_kv_heads=4, rope_theta=500_000.0)
 GQA = dataclasses.replace(TEXT, num_kv_heads=2, head_dim=12, norm_eps=1e-3)
 TIED = dataclasses.replace(TEXT, num_kv_heads=1, tie_embeddings=True)
 MISTRAL = dataclasses.replace(TEXT, sliding_window=4, rope_theta=1_000_000.0)
+
+
+STRETCHED = dataclasses.replace(TEXT, rope_scaling=LinearScaling(factor=2.5))
+# Of four frequencies, the first turns often enough to stay, the last is slow, and one lies between.
+LLAMA3 = dataclasses.replace(
+    TEXT,
+    rope_scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=128),
+)
 
 
 def _images(*shape: int, seed: int = 0) -> np.ndarray:
@@ -104,7 +112,11 @@ def test_the_contrastive_loss_is_the_references_and_ignores_rows_that_are_no_pai
     assert oracle.error(sums.loss / sums.weight, out.loss) <= VALUES
 
 
-@pytest.mark.parametrize("config", [MHA, GQA, TIED, MISTRAL], ids=["mha", "gqa", "tied", "mistral"])
+@pytest.mark.parametrize(
+    "config",
+    [MHA, GQA, TIED, MISTRAL, STRETCHED, LLAMA3],
+    ids=["mha", "gqa", "tied", "mistral", "linear scaling", "llama3 scaling"],
+)
 def test_every_hidden_state_and_the_logits_of_the_decoder_are_the_references(config: TextConfig):
     cls = transformers.LlamaForCausalLM if config.sliding_window is None else transformers.MistralForCausalLM
     theirs = oracle.make(cls, oracle.llama_config(config), seed=2)

@@ -45,6 +45,7 @@ def _vicuna(embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int) ->
         num_kv_heads=num_heads,
         head_dim=128,
         rope_theta=10_000.0,
+        rope_scaling=None,
         norm_eps=1e-5,
         max_positions=4096,
         tie_embeddings=False,

@@ -1,0 +1,145 @@
+"""LoRA adapters of PEFT, merged into the weights that they were trained on."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.convert.fields import Fields, read_json
+from llava_jax.convert.layouts import Kind, change_layout, our_name
+from llava_jax.convert.tensor import Tensor, add_in_float32
+from llava_jax.convert.weights import open_file
+from llava_jax.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"
+# Saved without the adapter's name, held in memory with it; some tools save what is in memory.
+_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_COPY = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<leaf>weight|bias)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Pairs of low-rank factors by our parameter, what replaces whole parameters, and the base that it names."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float]
+    whole: dict[str, Tensor]
+    files: tuple[Path, ...]
+    base: str | None
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """An adapter's factors, and the trained parameters beside them (`non_lora_trainables.bin`).
+
+    Raises:
+      CheckpointError: a key that means nothing here, half a pair, or a kind of adapter that adds up otherwise.
+    """
+    fields = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
+    fields.must_be("peft_type", "LORA")
+    fields.must_be("bias", "none")
+    for name in (
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "use_qalora",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ):
+        fields.must_be(name, False, None)
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{str(folder)!r} must hold {' or '.join(WEIGHTS)}; it does not. Download it again.")
+    files = [path]
+    halves: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, str] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in open_file(path).items():
+        match = _PAIR.fullmatch(key)
+        if match is None:
+            name, kind = _known(path, key)
+            whole[name] = change_layout(tensor, kind)
+            continue
+        name, kind = _known(path, f"{match['module']}.weight")
+        if kind != "matrix" or match["side"] in halves.get(name, {}):
+            raise CheckpointError(f"{path}: {key} is no factor of a matrix of its own. Merge this adapter with PEFT.")
+        halves.setdefault(name, {})[match["side"]] = tensor
+        modules[name] = match["module"]
+    if (folder / NON_LORA).is_file():
+        files.append(folder / NON_LORA)
+        for key, tensor in open_file(folder / NON_LORA).items():
+            name, kind = _known(folder / NON_LORA, key)
+            whole[name] = change_layout(tensor, kind)
+    pairs, scales = {}, {}
+    for name, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            (tensor,) = pair.values()
+            raise CheckpointError(f"{tensor.origin} has no counterpart. Download the adapter again.")
+        pairs[name] = (pair["A"], pair["B"])
+        scales[name] = _scale(fields, modules[name], rank=pair["A"].shape[0])
+    return Adapter(
+        pairs=pairs,
+        scales=scales,
+        whole=whole,
+        files=tuple(files),
+        base=fields.take("base_model_name_or_path", str, None),
+    )
+
+
+def _scale(fields: Fields, module: str, *, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r); a pattern that a module's name ends with overrides alpha."""
+    alpha = float(fields.take("lora_alpha", float, 8.0))
+    for pattern, value in fields.take("alpha_pattern", dict, {}).items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", module):
+            alpha = float(value)
+    return alpha / (math.sqrt(rank) if fields.take("use_rslora", bool, False) else rank)
+
+
+def _known(path: Path, key: str) -> tuple[str, Kind]:
+    """Our name of an adapter's key, whose prefixes count the wrappers that were around the model."""
+    match = _COPY.fullmatch(re.sub(r"\.base_layer\.", ".", key))
+    bare = f"{match['module']}.{match['leaf']}" if match else key
+    for prefix in ("base_model.model.", "base_model.", ""):
+        if bare.startswith(prefix):
+            name = bare.removeprefix(prefix)
+            found = our_name(name) or our_name(re.sub(r"^model\.(?=model\.)", "", name))
+            if found is not None:
+                return found
+    raise CheckpointError(f"{path}: no rule knows {key}. This kind of adapter is not supported.")
+
+
+def merge(params: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """Parameters with the adapter added in, in their own dtypes (`merge_and_unload` of PEFT).
+
+    Raises:
+      CheckpointError: a factor does not fit; these are not the weights that the adapter was trained on.
+    """
+    merged = dict(params) | adapter.whole
+    problems = []
+    for name, (a, b) in adapter.pairs.items():
+        if name not in merged:
+            problems.append(f"it has no {name}, which {a.origin} changes")
+            continue
+        weight = merged[name]
+        rank, wide = a.shape
+        if (wide, b.shape[0]) != weight.shape or b.shape[1] != rank:
+            problems.append(f"{weight.origin} is {weight.shape}, {a.origin} needs {(wide, b.shape[0])}")
+            continue
+        merged[name] = weight.changed(weight.shape, _adder(a, b, adapter.scales[name]))
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"--base is not the base of this adapter: {'; '.join(problems[:4])}{more}.")
+    return merged
+
+
+def _adder(a: Tensor, b: Tensor, scale: float):
+    def add(values: np.ndarray) -> np.ndarray:
+        low, high = (np.asarray(factor.view()).astype(np.float32) for factor in (a, b))
+        # Ours is (in, out); theirs is B @ A, (out, in).
+        return add_in_float32(values, lambda rows: scale * (low.T[rows] @ high.T))
+
+    return add

@@ -1,0 +1,293 @@
+"""Writing checkpoints for others: Hugging Face's L1 layout, the original's, and deltas."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_jax.convert.chat_template import chat_template_json
+from llava_jax.convert.checkpoint import Checkpoint
+from llava_jax.convert.config_json import SpecialTokens, text_fields, token_fields, vision_fields
+from llava_jax.convert.delta import fingerprint, make_delta
+from llava_jax.convert.fields import read_json
+from llava_jax.convert.folder import copy_tokenizer, staged, write_weights
+from llava_jax.convert.layouts import to_layout
+from llava_jax.convert.preprocessing import (
+    PREPROCESSOR,
+    PROCESSOR,
+    original_fields,
+    preprocessor_fields,
+    processor_fields,
+)
+from llava_jax.convert.provenance import write_provenance
+from llava_jax.convert.tensor import Tensor
+from llava_jax.convert.vocabulary import grow_vocabulary
+from llava_jax.data.anyres import AnyRes
+from llava_jax.errors import CheckpointError
+from llava_jax.models.parameters import part
+from llava_jax.shapes import LlavaConfig
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+# transformers' converters pad the vocabulary to it, for tensor cores.
+_ROWS_MULTIPLE = 64
+GENERATION = "generation_config.json"
+# A tower for the original to read its shape from, in exports of models whose tower is no published one.
+TOWER = "vision_tower"
+
+
+def describe_huggingface(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, int], tuple[str, ...]]:
+    """Tensors and config.json of the L1 layout, tokens to add to the tokenizer, and notes.
+
+    Raises:
+      CheckpointError: transformers has no such model.
+    """
+    model, mode = _llava(checkpoint), checkpoint.image_mode
+    if model.projector != "mlp2x_gelu":
+        raise CheckpointError(
+            f"transformers' LLaVA has two layers in its projector; this one is {model.projector!r}. Use --to original."
+        )
+    is_next = isinstance(mode, AnyRes)
+    if is_next != model.image_newline or (isinstance(mode, AnyRes) and mode.merge != "spatial_unpad"):
+        raise CheckpointError(
+            "transformers' LLaVA-NeXT merges tiles as spatial_unpad with image_newline, its LLaVA has neither; got "
+            f"image_mode={mode!r} with image_newline={model.image_newline}. Use --to original."
+        )
+    params, tokens, added, notes = _with_image_token(checkpoint)
+    text = dataclasses.replace(model.text, vocab_size=params["decoder.embed_tokens.embedding"].shape[0])
+    config: dict[str, Any] = {
+        "architectures": ["LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if is_next else "llava",
+        "text_config": text_fields(text) | token_fields(tokens),
+        "vision_config": vision_fields(model.vision),
+        "image_token_index": tokens.image_id,
+        "image_seq_length": model.num_features,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": model.select_layer,
+        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[model.select_feature],
+        "tie_word_embeddings": text.tie_embeddings,
+        "pad_token_id": tokens.pad_id,
+        "vocab_size": text.vocab_size,
+        "torch_dtype": _dtype(params),
+    }
+    if isinstance(mode, AnyRes):
+        config["image_grid_pinpoints"] = [[height, width] for width, height in mode.pinpoints]
+    tensors = to_layout(
+        params, "huggingface", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
+    )
+    return tensors, config, added, notes
+
+
+def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
+    """`LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, with its processor; returns notes.
+
+    Raises:
+      CheckpointError: transformers has no such model.
+    """
+    tensors, config, added, notes = describe_huggingface(checkpoint)
+    model, mode = _llava(checkpoint), checkpoint.image_mode or "square"
+    with staged(folder) as new:
+        write_weights(new, tensors)
+        _write_json(new / "config.json", config)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(
+            new / GENERATION, {n: config["text_config"][n] for n in ids if config["text_config"][n] is not None}
+        )
+        _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
+        _write_json(new / PROCESSOR, processor_fields(model, mode))
+        template = chat_template_json(checkpoint.template)
+        if checkpoint.tokenizer is not None:
+            copy_tokenizer(str(checkpoint.tokenizer), new)
+            _add_tokens(new, added)
+        if template is not None and not any(new.glob("chat_template.*")):
+            (new / "chat_template.json").write_text(template)
+        _describe(new, checkpoint, source, notes)
+    return notes
+
+
+def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
+    """What the original's `load_pretrained_model` opens: its keys, its config, its tower inside; returns notes.
+
+    The shape of the tower is told by a folder beside the weights that `mm_vision_tower` names.
+    """
+    model = _llava(checkpoint)
+    tensors = to_layout(
+        checkpoint.params, "original", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
+    )
+    name = checkpoint.config.get("mm_vision_tower")
+    is_named = isinstance(name, str)
+    config = _original_config(checkpoint, model, tower=name if is_named else str(Path(folder).absolute() / TOWER))
+    notes = () if is_named else (f"mm_vision_tower names {TOWER}/ of this folder by its whole path",)
+    with staged(folder) as new:
+        write_weights(new, tensors)
+        _write_json(new / "config.json", config)
+        _write_json(new / GENERATION, _generation(checkpoint.tokens))
+        if not is_named:
+            _write_tower(new / TOWER, checkpoint, model)
+        if checkpoint.tokenizer is not None:
+            copy_tokenizer(str(checkpoint.tokenizer), new)
+        _describe(new, checkpoint, source, notes)
+    return notes
+
+
+def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source: str) -> tuple[str, ...]:
+    """The original's layout, less the base's decoder; the base's fingerprint is kept, and asked for again."""
+    model = _llava(checkpoint)
+    # A tower that its config only names is not the delta's to pass on.
+    params = {name: value for name, value in checkpoint.params.items() if checkpoint.has_tower or part(name) != "tower"}
+    tensors = to_layout(
+        make_delta(params, base.params),
+        "original",
+        projector_depth=model.projector_depth,
+        patch_size=model.vision.patch_size,
+    )
+    name = checkpoint.config.get("mm_vision_tower")
+    if not isinstance(name, str):
+        raise CheckpointError("A delta is written from a checkpoint of the original's layout. Use --to original first.")
+    notes = (f"less the decoder of {base.files[0].parent}",) if base.files else ()
+    with staged(folder) as new:
+        write_weights(new, tensors)
+        _write_json(new / "config.json", _original_config(checkpoint, model, tower=name))
+        _write_json(new / GENERATION, _generation(checkpoint.tokens))
+        if checkpoint.tokenizer is not None:
+            copy_tokenizer(str(checkpoint.tokenizer), new)
+        _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
+    return notes
+
+
+def _llava(checkpoint: Checkpoint) -> LlavaConfig:
+    if not isinstance(checkpoint.model, LlavaConfig):
+        raise CheckpointError(f"Only a LLaVA model can be exported; this is {checkpoint.layout}. Use --to jax.")
+    return checkpoint.model
+
+
+def _describe(
+    folder: Path, checkpoint: Checkpoint, source: str, notes: tuple[str, ...], base_fingerprint: str | None = None
+) -> None:
+    write_provenance(
+        folder,
+        source=source,
+        layout=checkpoint.layout,
+        files=checkpoint.files,
+        notes=(*checkpoint.notes, *notes),
+        base_fingerprint=base_fingerprint,
+    )
+
+
+def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) -> dict[str, Any]:
+    """The original's fields; those of a source in its layout that we have no use for stay as they were."""
+    kept = dict(checkpoint.config) if "mm_vision_tower" in checkpoint.config else {}
+    text = text_fields(model.text)
+    is_mistral = "mistral" in str(kept.get("model_type", text["model_type"]))
+    text.pop("model_type")
+    # It runs under transformers 4, which reads rope_theta where it always was.
+    text.pop("rope_parameters")
+    return {
+        "tokenizer_model_max_length": model.text.max_positions,
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "use_cache": True,
+        **kept,
+        **text,
+        **token_fields(checkpoint.tokens),
+        "architectures": ["LlavaMistralForCausalLM" if is_mistral else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_mistral" if is_mistral else "llava_llama",
+        "mm_vision_tower": tower,
+        "mm_hidden_size": model.vision.embed_dim,
+        "mm_projector_type": model.projector,
+        "mm_vision_select_layer": model.select_layer,
+        "mm_vision_select_feature": model.select_feature,
+        "mm_use_im_start_end": kept.get("mm_use_im_start_end", False),
+        "mm_use_im_patch_token": kept.get("mm_use_im_patch_token", False),
+        **original_fields(checkpoint.image_mode or "square", has_newline=model.image_newline),
+        # So that the original reads the tower from here rather than from where its name points.
+        "unfreeze_mm_vision_tower": True,
+        "torch_dtype": _dtype(checkpoint.params),
+    }
+
+
+def _write_tower(folder: Path, checkpoint: Checkpoint, model: LlavaConfig) -> None:
+    folder.mkdir()
+    tower = {name: value for name, value in checkpoint.params.items() if name.startswith("tower.")}
+    tensors = to_layout(tower, "huggingface", projector_depth=0, patch_size=model.vision.patch_size)
+    write_weights(folder, {key.removeprefix("vision_tower."): value for key, value in tensors.items()})
+    _write_json(folder / "config.json", vision_fields(model.vision) | {"architectures": ["CLIPVisionModel"]})
+    _write_json(folder / PREPROCESSOR, preprocessor_fields("square", model.vision))
+
+
+def _with_image_token(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, Tensor], SpecialTokens, dict[str, int], tuple[str, ...]]:
+    """Parameters whose vocabulary has `<image>`, its ids, the tokens to add to the tokenizer, and notes."""
+    tokens, rows = checkpoint.tokens, checkpoint.params["decoder.embed_tokens.embedding"].shape[0]
+    known = {} if checkpoint.tokenizer is None else added_tokens(checkpoint.tokenizer)
+    image_id = tokens.image_id if tokens.image_id is not None else known.get(IMAGE_TOKEN)
+    if image_id is not None:
+        return dict(checkpoint.params), dataclasses.replace(tokens, image_id=image_id), {}, ()
+    first = rows
+    if checkpoint.tokenizer is not None:
+        first = open_tokenizer(str(checkpoint.tokenizer)).vocab_size
+    added = {IMAGE_TOKEN: first}
+    if PAD_TOKEN not in known:
+        added[PAD_TOKEN] = first + 1
+    tokens = dataclasses.replace(tokens, image_id=first, pad_id=added.get(PAD_TOKEN, known.get(PAD_TOKEN)))
+    needed = first + len(added)
+    if needed <= rows:
+        return dict(checkpoint.params), tokens, added, (f"added {', '.join(added)} to the tokenizer",)
+    size = -(-needed // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    note = f"added {', '.join(added)}: {size - rows} rows of the vocabulary, each the mean of the others"
+    return grow_vocabulary(checkpoint.params, size), tokens, added, (note,)
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens that were added to a tokenizer, by the files that may say so."""
+    found: dict[str, int] = {}
+    if (folder / "added_tokens.json").is_file():
+        found |= read_json(folder / "added_tokens.json")
+    if (folder / "tokenizer_config.json").is_file():
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        found |= {entry["content"]: int(token_id) for token_id, entry in decoder.items()}
+    if (folder / "tokenizer.json").is_file():
+        entries = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        found |= {entry["content"]: entry["id"] for entry in entries}
+    return found
+
+
+def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
+    """Special tokens, in every file of a tokenizer that lists them."""
+    if not added:
+        return
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | {
+        str(token_id): {"content": text, **flags} for text, token_id in added.items()
+    }
+    if PAD_TOKEN in added:
+        config["pad_token"] = PAD_TOKEN
+    _write_json(path, config)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+        tokenizer["added_tokens"] += [{"id": token_id, "content": text, **flags} for text, token_id in added.items()]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n")
+    else:
+        path = folder / "added_tokens.json"
+        _write_json(path, (read_json(path) if path.is_file() else {}) | dict(added))
+
+
+def _generation(tokens: SpecialTokens) -> dict[str, Any]:
+    return {name: value for name, value in token_fields(tokens).items() if value is not None}
+
+
+def _dtype(params: Mapping[str, Tensor]) -> str:
+    """The dtype that most of the decoder's bytes have."""
+    return str(params["decoder.embed_tokens.embedding"].dtype)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(content), indent=2) + "\n")
