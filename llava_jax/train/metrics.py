@@ -7,7 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
+
+from llava_jax.errors import NumericsError
+from llava_jax.train import processes
+from llava_jax.train.config import TrainConfig
+from llava_jax.train.goodput import Clock
+from llava_jax.train.optim import make_schedule
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -103,3 +110,63 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Report:
+    """Fetches a step's numbers when the next one is already running, so that the device never waits for us."""
+
+    def __init__(self, config: TrainConfig, workdir: str, name: str, clock: Clock, *, first_step: int, num_steps: int):
+        self._factor = make_schedule(config.optim, num_steps)
+        self._log_every = config.log_every
+        is_first = processes.is_first()
+        self._log = MetricsLog(workdir, first_step=first_step) if is_first else None
+        self._progress = Progress(first_step=first_step, num_steps=num_steps, name=name) if is_first else None
+        self._clock = clock
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._last = time.perf_counter()
+        self.num_replaced = 0
+        # Devices whose process was asked to stop, as the newest finished step counted them.
+        self.stop_votes = 0.0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self, **more: float) -> None:
+        """Writes the pending step, `more` beside it; raises `NumericsError` if it was not finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.stop_votes = values.pop("stop_votes")
+        if not values.pop("finite"):
+            raise NumericsError(
+                f"Loss and gradients must be finite; step {step} gave loss={values['loss']}, "
+                f"grad_norm={values['grad_norm']}. It changed nothing and was not saved. Lower optim.learning_rate "
+                "or look at its records."
+            )
+        self.num_replaced += int(values["replaced"])
+        line = values | {
+            "learning_rate": self._factor(step),
+            "seconds": round(seconds, 6),
+            **{f"seconds_{name}": round(value, 6) for name, value in self._clock.take().items()},
+            # The sum, modulo 2^32, of the checksums of all rows on all hosts.
+            "records": f"{int(values['records']):08x}",
+            "replaced": int(values["replaced"]),
+            **more,
+        }
+        if self._log is not None and step % self._log_every == 0:
+            self._log.write(step, line)
+        if self._progress is not None:
+            self._progress.update(step, loss=values["loss"], tokens_per_second=values["tokens"] / seconds)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._log is not None:
+            self._log.close()
+        if self.num_replaced:
+            print(f"{self.num_replaced} damaged records were replaced; see 'replaced' in the metrics.", flush=True)

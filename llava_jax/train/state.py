@@ -1,19 +1,22 @@
 """The state of a run: made fresh from `init`, or restored from its newest checkpoint."""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.convert.folder import check_parameters, read_parameters
-from llava_jax.errors import UserError
+from llava_jax.convert.integrity import Damaged
+from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
+from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.sharding import like_parameters, parameter_shardings
@@ -91,17 +94,42 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
             check_parameters(found, expected, f"init.{name}={source}")
             values |= found
     trainable, frozen, _ = layout.disk
-    checkpoints.save_frozen({name: jax.device_put(values[name], target.sharding) for name, target in frozen.items()})
+    checkpoints.save_frozen({name: _place(values[name], target.sharding) for name, target in frozen.items()})
     trainable, frozen = _to_memory(layout, tuple(_put(values, targets) for targets in (trainable, frozen)))
     make = jax.jit(optimizer.init, out_shardings=_shardings(layout.memory[2]))
     return State(step=0, trainable=trainable, frozen=frozen, opt_state=make(trainable))
 
 
-def restored_state(layout: Layout, checkpoints: Checkpoints, step: int) -> State:
-    """The state at a saved step."""
-    trainable, opt_state = checkpoints.restore(step, layout.disk[0], layout.disk[2])
+def resumed_state(layout: Layout, checkpoints: Checkpoints, check: Callable[[Mapping[str, Any]], None]) -> State | None:
+    """The state at the newest good step, or None where no step was saved; `check` refuses another run's position.
+
+    A damaged step is put aside, with a warning, once an older one turned out to be good.
+    """
+    damaged: list[int] = []
+    reasons: list[Damaged] = []
+    for step in checkpoints.steps():
+        restored = None
+        try:
+            check(checkpoints.position(step))
+            restored = checkpoints.restore(step, layout.disk[0], layout.disk[2])
+        except Damaged as error:
+            reasons.append(error)
+        if processes.all_agree(f"restored/{step}", restored is not None) and restored is not None:
+            break
+        damaged.append(step)
+    else:
+        if damaged:
+            raise CheckpointError(
+                f"No saved step is good, and a run never starts anew in silence: {' '.join(map(str, reasons[:2]))} "
+                "Put a copy back, or choose another --workdir."
+            )
+        return None
     frozen = checkpoints.restore_frozen(layout.disk[1])
-    trainable, frozen, opt_state = _to_memory(layout, (trainable, frozen, opt_state))
+    for number in damaged:
+        checkpoints.put_aside(number)
+    for reason in reasons:
+        print(f"llava-jax: {reason} It was put aside; going on from step {step}.", file=sys.stderr, flush=True)
+    trainable, frozen, opt_state = _to_memory(layout, (restored[0], frozen, restored[1]))
     return State(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state)
 
 
@@ -138,9 +166,14 @@ def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
 def _put(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
     """Values on the mesh, in the dtype that the run holds them in."""
     return {
-        name: jax.device_put(jnp.asarray(values[name], target.dtype), target.sharding)
-        for name, target in targets.items()
+        name: _place(np.asarray(values[name]).astype(target.dtype), target.sharding) for name, target in targets.items()
     }
+
+
+def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host's array on the devices; every process has the whole of it and gives its own devices their share."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _shardings(tree: Any) -> Any:
