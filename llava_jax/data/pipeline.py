@@ -6,6 +6,7 @@ import os
 import signal
 import zlib
 from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import SupportsIndex
 
 import numpy as np
@@ -83,10 +84,10 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
     if num_workers:
         _parse_absl_flags()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _ignore_sigterm)
-    batches = iter(dataset)
+    with _for_workers():
+        batches = iter(dataset)
+        first = next(batches, None)
     try:
-        with _for_workers():
-            first = next(batches, None)
         if first is not None:
             yield first
             yield from batches
@@ -117,6 +118,8 @@ def _for_workers() -> Iterator[None]:
     """
     before = os.environ.get("JAX_PLATFORMS")
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Its start would unblock the signal in the thread that starts the first worker.
+    resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -49,6 +49,11 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
       DataError, CheckpointError, UserError: the input is at fault; the message says how.
     """
     check_evaluation(config)
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir must be a folder that can be opened as one; got {workdir!r}. Mount the bucket (for gs:// with "
+            "gcsfuse) and give the folder it is mounted on."
+        )
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

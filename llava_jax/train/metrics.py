@@ -1,5 +1,6 @@
 """What a run tells: a line per step in JSONL, curves in TensorBoard, progress on the terminal."""
 
+import hashlib
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llava_jax.errors import NumericsError
+from llava_jax.errors import NumericsError, UserError
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.goodput import Clock
@@ -22,23 +23,27 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends each step's numbers; on resume forgets what lies past the step that was restored."""
 
-    def __init__(self, workdir: str, *, first_step: int):
+    def __init__(self, workdir: str, *, first_step: int, wandb_project: str | None = None):
         path = Path(workdir) / METRICS_FILE
         kept = _lines_before(path, first_step)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
-        self._board = _Board(Path(workdir) / "tensorboard", first_step=first_step)
+        self._boards: list[_Board | _Wandb] = [_Board(Path(workdir) / "tensorboard", first_step=first_step)]
+        if wandb_project is not None:
+            self._boards.append(_Wandb(wandb_project, Path(workdir)))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records a step, counted from 0."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._board.write(step, {name: value for name, value in values.items() if isinstance(value, float)})
+        for board in self._boards:
+            board.write(step, {name: value for name, value in values.items() if isinstance(value, float)})
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class _Board:
@@ -62,6 +67,28 @@ class _Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Wandb:
+    """Weights & Biases, for those who ask for it; a resumed workdir goes on in its old run."""
+
+    def __init__(self, project: str, workdir: Path):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"life.wandb_project={project!r} needs Weights & Biases. pip install 'llava_jax[wandb]', or set it "
+                "to none."
+            ) from None
+        name = workdir.absolute()
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(project=project, dir=workdir, name=name.name, id=identity, resume="allow")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
@@ -119,7 +146,8 @@ class Report:
         self._factor = make_schedule(config.optim, num_steps)
         self._log_every = config.log_every
         is_first = processes.is_first()
-        self._log = MetricsLog(workdir, first_step=first_step) if is_first else None
+        project = config.life.wandb_project
+        self._log = MetricsLog(workdir, first_step=first_step, wandb_project=project) if is_first else None
         self._progress = Progress(first_step=first_step, num_steps=num_steps, name=name) if is_first else None
         self._clock = clock
         self._pending: tuple[int, dict[str, jax.Array]] | None = None

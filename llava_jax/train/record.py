@@ -39,10 +39,9 @@ class RunRecord:
         """Says how the run ended."""
         if error is None:
             self._write("done", 0, "")
-        elif isinstance(error, Preempted):
-            self._write("preempted", error.exit_code, str(error))
-        else:
-            self._write("failed", error.exit_code if isinstance(error, UserError) else 70, str(error))
+            return
+        code = error.exit_code if isinstance(error, UserError) else 70
+        self._write("preempted" if code == Preempted.exit_code else "failed", code, str(error))
 
     def _write(self, status: str, exit_code: int | None, message: str) -> None:
         if not processes.is_first():
