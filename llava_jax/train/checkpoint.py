@@ -60,6 +60,10 @@ class Checkpoints:
         """Steps that were completely written, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
+    def rehearse(self, trainable: Parameters, opt_state: Any) -> None:
+        """Compiles what a save computes: the first one, which SIGTERM may ask for, waits for no compiler."""
+        fingerprints((trainable, opt_state))
+
     def save(
         self,
         step: int,

@@ -84,6 +84,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
         describe(config, workdir)
         state = fresh_state(layout, optimizer, saved)
     record.step = state.step
+    saved.rehearse(*saved_trees(layout, state))
     if processes.is_first():
         print(f"{name}: {_summary(config, index, plan, state)}", flush=True)
     if state.step == plan.num_steps:

@@ -47,7 +47,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
             )
         if numbers[0] > 1:
             jax.distributed.initialize(address, *numbers, cluster_detection_method="deactivate")
-    elif given and given != names[:1]:
+    elif given and given != [names[0]]:
         missing = [name for name in names if name not in environment]
         raise UserError(f"Several processes need all of {', '.join(names)}; {', '.join(missing)} is missing. Set it.")
     elif given or _is_announced(environment):
@@ -82,6 +82,11 @@ def index() -> int:
 
 def are_several() -> bool:
     return count() > 1
+
+
+def pause() -> float:
+    """Seconds between two questions to the first process, which answers all of them."""
+    return PAUSE * max(1.0, count() / 16)
 
 
 def is_first() -> bool:
@@ -135,7 +140,7 @@ def all_agree(name: str, ok: bool) -> bool:
         return ok
     tell(f"{name}/{index()}", json.dumps(ok))
     while len(words := heard_all(name)) < count():
-        time.sleep(PAUSE)
+        time.sleep(pause())
     return all(map(json.loads, words))
 
 
@@ -150,7 +155,7 @@ def leave(code: int) -> NoReturn:
         tell(f"left/{index()}", "yes")
         end = time.monotonic() + PATIENCE
         while is_first() and len(heard_all("left")) < count() and time.monotonic() < end:
-            time.sleep(PAUSE)
+            time.sleep(pause())
     os._exit(code)
 
 
@@ -163,7 +168,7 @@ def leave_if_several(code: int) -> None:
 def _wait_for(key: str) -> str:
     """What is told under a key, whenever that is; the signal handler's thread ends a wait that has become vain."""
     while (word := heard(key)) is None:
-        time.sleep(PAUSE)
+        time.sleep(pause())
     return word
 
 

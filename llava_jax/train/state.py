@@ -1,6 +1,7 @@
 """The state of a run: made fresh from `init`, or restored from its newest checkpoint."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,6 +69,13 @@ class Layout:
             self.memory = self._placed(*stacked)
         else:
             self.memory = self.disk
+
+    @functools.cached_property
+    def take_apart(self) -> Callable[[tuple[Any, Any]], tuple[Any, Any]]:
+        """From trained parameters and optimizer state in memory to those on disk; compiled once."""
+        trainable, _, opt_state = self.disk
+        shardings = _shardings((trainable, opt_state))
+        return jax.jit(lambda trees: tuple(map(unstacked_tree, trees)), out_shardings=shardings)
 
     def _placed(self, trainable: Parameters, frozen: Parameters, opt_state: Any) -> tuple[Any, Any, Any]:
         """The abstract trees with the sharding of every leaf."""
@@ -137,9 +145,7 @@ def saved_trees(layout: Layout, state: State) -> tuple[Parameters, Any]:
     """What a checkpoint holds of a state: trained parameters and optimizer state, layers apart."""
     if not layout.config.stacked:
         return state.trainable, state.opt_state
-    trainable, _, opt_state = layout.disk
-    apart = jax.jit(lambda trees: tuple(map(unstacked_tree, trees)), out_shardings=_shardings((trainable, opt_state)))
-    return apart((state.trainable, state.opt_state))
+    return layout.take_apart((state.trainable, state.opt_state))
 
 
 def stacked_tree(tree: Any) -> Any:

@@ -49,7 +49,7 @@ class Stop:
         votes = [self._vote("go")]
         while processes.are_several() and (len(votes) < processes.count() or "end" in votes):
             # Whoever votes for the end then raises the alarm, which the thread hears.
-            time.sleep(processes.PAUSE)
+            time.sleep(processes.pause())
             votes = processes.heard_all("vote")
         with self._lock:
             self._is_starting = False
@@ -101,7 +101,7 @@ class Stop:
 
     def _listen(self) -> None:
         while True:
-            heard, _, _ = select.select([self._ears], [], [], processes.PAUSE if processes.are_several() else None)
+            heard, _, _ = select.select([self._ears], [], [], processes.pause() if processes.are_several() else None)
             signals = os.read(self._ears, 256) if heard else b""
             if QUIT in signals:
                 return

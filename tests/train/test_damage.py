@@ -15,7 +15,18 @@ from llava_jax.train.config import load_config
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.sharding import make_mesh
 from llava_jax.train.state import Layout, resumed_state
-from tests.train.runs import EVERY, ROOT, STEPS, arrays, assert_same_bits, finish, saved_steps, story
+from tests.train.runs import (
+    EVERY,
+    ROOT,
+    STEPS,
+    arrays,
+    assert_same_bits,
+    finish,
+    saved_steps,
+    start_several,
+    story,
+    wait,
+)
 
 NEWEST, OLDER = STEPS, STEPS - 2
 
@@ -187,3 +198,22 @@ def test_a_run_goes_on_from_the_step_before(run: Path, reference: Path, cache: P
     assert f"the optimizer of step {NEWEST}" in result.stderr
     assert story(run) == story(reference)
     assert_same_bits(arrays(run, STEPS), arrays(reference, STEPS))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("damage", ["exchanged", "zeroed"])
+def test_two_processes_take_the_same_older_step(tmp_path: Path, reference: Path, cache: Path, damage: str):
+    """One of them alone may see that its share cannot be read; both must go back."""
+    workdir = tmp_path / "run"
+    assert [wait(process).returncode for process in start_several(workdir, 2, EVERY, cache=cache)] == [0, 0]
+    step = workdir / "checkpoints" / str(NEWEST)
+    if damage == "exchanged":
+        _change_array(step, "optimizer")
+    else:
+        for path in (step / "optimizer" / "ocdbt.process_1").rglob("d/*"):
+            path.write_bytes(bytes(path.stat().st_size))
+    for process in start_several(workdir, 2, EVERY, cache=cache):
+        result = wait(process)
+        assert result.returncode == 0, result.stderr
+        assert f"going on from step {OLDER}" in result.stderr
+    assert [line[3] for line in story(workdir)] == [line[3] for line in story(reference)]

@@ -194,7 +194,7 @@ def counted(*a, **k):
         return step(*arguments)
     return traced
 loop.make_step = counted
-original = loop._Report.add
+original = loop.Report.add
 compiled = []
 def listen(name, *a, **k):
     if "backend_compile" in name:
@@ -203,7 +203,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 def add(self, step, *a):
     steps.append(len(compiled))
     return original(self, step, *a)
-loop._Report.add = add
+loop.Report.add = add
 code = cli.main(sys.argv[1:])
 print("COUNTS", code, len(calls), steps)
 """

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.cli import main
 from tests.train.runs import (
     EVERY,
+    ROOT,
     STAGES,
     STEPS,
     arrays,
     assert_same_bits,
+    command,
     finish,
     saved_steps,
     start,
@@ -129,16 +132,19 @@ def test_workers_that_are_stopped_too_do_not_spoil_the_stop(tmp_path: Path, refe
     _assert_same_run(workdir, reference)
 
 
-def test_a_second_run_is_kept_out_of_a_workdir(tmp_path: Path, reference: Path, cache: Path):
-    """A finished run is done again to no effect; while another one holds its folder, not even that."""
-    before = arrays(reference, STEPS)
+def test_a_second_run_is_kept_out_of_a_workdir(reference: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.chdir(ROOT)
+    before = (reference / "run.json").read_bytes()
     with (reference / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result = finish(reference, EVERY, cache=cache)
-    assert result.returncode == 74
-    assert "one run at a time" in result.stderr
-    assert json.loads((reference / "run.json").read_text())["status"] == "done"
-    result = finish(reference, EVERY, cache=cache)
-    assert result.returncode == 0
+        assert main(command(reference, EVERY)[3:]) == 74
+    assert "one run at a time" in capfd.readouterr().err
+    assert (reference / "run.json").read_bytes() == before
+
+
+def test_a_finished_run_does_nothing_more(reference: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.chdir(ROOT)
+    before = arrays(reference, STEPS)
+    assert main(command(reference, EVERY)[3:]) == 0, capfd.readouterr().err
     assert_same_bits(arrays(reference, STEPS), before)
     assert len(story(reference)) == STEPS
