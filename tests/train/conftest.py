@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import EVERY, STAGES, finish
+from tests.train.runs import EVERY, STAGES, STARTED, finish
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_behind():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

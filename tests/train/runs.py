@@ -16,6 +16,8 @@ from llava_jax.train.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 EVERY = "checkpoint_every=2"
+# Every process that a test has started; tests/train/conftest.py ends those that it leaves behind.
+STARTED: list[subprocess.Popen] = []
 STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py"}
 
 
@@ -36,7 +38,7 @@ def start(
     workdir: Path, *overrides: str, cache: Path | None = None, config: str = STAGES["stage2"], **more: str
 ) -> subprocess.Popen:
     """In a session of its own, so that a test can signal its whole process group."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(workdir, *overrides, config=config),
         cwd=ROOT,
         env=environment(cache, **more),
@@ -45,9 +47,11 @@ def start(
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
-def wait(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+def wait(process: subprocess.Popen, timeout: float = 900) -> subprocess.CompletedProcess:
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -79,7 +83,7 @@ def start_several(workdir: Path, count: int, *overrides: str, cache: Path | None
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
     """Returns when the run has recorded so many steps, or has ended."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         metrics = workdir / "metrics.jsonl"
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
