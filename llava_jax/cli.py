@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    is_training = arguments.run is _train
+    if is_training and argv is None:
+        signal.signal(signal.SIGTERM, _stopped_before_it_began)
+    code = _exit_code(arguments)
+    if is_training and code:
+        from llava_jax.train import processes
+
+        processes.leave_if_several(code)
+    return code
+
+
+def _stopped_before_it_began(number: int, frame: object) -> None:
+    """Answers a SIGTERM that comes while modules are imported; see train/stop.py for all later ones."""
+    del number, frame
+    os.write(2, b"llava-jax: SIGTERM before the run began; run the same command again.\n")
+    os._exit(75)
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -131,9 +151,14 @@ def _quickstart(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from llava_jax.train.environment import prepare
+
+    prepare(arguments.workdir)
+    from llava_jax.train import processes
     from llava_jax.train.config import load_config
     from llava_jax.train.loop import train
 
+    processes.join()
     train(load_config(arguments.config, tuple(arguments.set)), arguments.workdir)
 
 

@@ -31,6 +31,12 @@ class Preempted(UserError):
     exit_code = 75
 
 
+class Stalled(UserError):
+    """No step ended for too long; the stacks of all threads were written."""
+
+    exit_code = 76
+
+
 class Refused(Exception):
     """One record that cannot be used: counted by `reason`, shown by `detail`, and the run goes on."""
 

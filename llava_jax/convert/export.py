@@ -231,6 +231,8 @@ def _with_image_token(
         return dict(checkpoint.params), dataclasses.replace(tokens, image_id=image_id), {}, ()
     first = rows
     if checkpoint.tokenizer is not None:
+        from llava_jax.data.tokenizer import open_tokenizer
+
         first = open_tokenizer(str(checkpoint.tokenizer)).vocab_size
     added = {IMAGE_TOKEN: first}
     if PAD_TOKEN not in known:

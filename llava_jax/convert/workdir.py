@@ -1,8 +1,10 @@
-"""Reading a training workdir: its newest step and what its run never changed."""
+"""Reading a training workdir: its newest good step and what its run never changed."""
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters
@@ -21,20 +24,45 @@ STEPS = "checkpoints"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def open_workdir(workdir: str) -> tuple[dict[str, Tensor], int]:
-    """All parameters of a workdir's newest step, none read yet, and the step."""
+def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+    """All parameters of a workdir, and their step: its newest step that is not damaged, or `step`.
+
+    Every array is read once here, one at a time, and compared with its fingerprint; none is kept.
+
+    Raises:
+      CheckpointError: no such step is there, or it (if one was named: it alone) is damaged.
+    """
     root = Path(workdir).absolute()
-    steps = ocp.utils.checkpoint_steps(root / STEPS) if (root / STEPS).is_dir() else []
+    steps = sorted(saved_steps(root), reverse=True)
     if not steps:
         raise CheckpointError(f"A workdir must hold a saved step; {workdir!r} holds none. Train it first.")
-    tensors: dict[str, Tensor] = {}
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{workdir!r} holds the steps {', '.join(map(str, steps[::-1]))}; got {step}.")
+    for candidate in steps if step is None else [step]:
+        folder = root / STEPS / str(candidate)
+        try:
+            record = read_record(folder)
+            trained = _open_tree(workdir, folder / "params")
+            compare(_fingerprints(trained), record["params"], f"step {candidate} of {workdir}")
+        except Damaged as error:
+            if step is not None or candidate == steps[-1]:
+                raise CheckpointError(f"{error} Take another step or folder, or train it again.") from error
+            print(f"llava-jax: {error} Taking the step before.", file=sys.stderr, flush=True)
+            continue
+        frozen = _open_tree(workdir, root / FROZEN) if record["frozen"] else {}
+        compare_frozen(_fingerprints(frozen), record["frozen"], root / FROZEN)
+        return frozen | trained, candidate
+    raise AssertionError("unreachable: the last candidate returns or raises")
+
+
+def _open_tree(workdir: str, path: Path) -> dict[str, Tensor]:
+    """A saved dictionary, none of it read yet."""
     with _naming(workdir):
-        for path in (root / FROZEN, root / STEPS / str(max(steps)) / "params"):
-            if path.exists():
-                with ocp.StandardCheckpointer() as checkpointer:
-                    leaves = checkpointer.metadata(path).item_metadata.tree
-                tensors |= {name: _open_array(workdir, path, name, leaf) for name, leaf in leaves.items()}
-    return tensors, max(steps)
+        return {name: _open_array(workdir, path, name, leaf) for name, leaf in tree_shapes(path).items()}
+
+
+def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: fingerprints({name: tensor.view()})[name] for name, tensor in tensors.items()}
 
 
 def _open_array(workdir: str, path: Path, name: str, leaf: Any) -> Tensor:
@@ -55,6 +83,41 @@ def _naming(workdir: str) -> contextlib.AbstractContextManager[None]:
     return named_errors(f"{workdir!r} could not be read", "Train it again or take another folder.")
 
 
+def saved_steps(root: Path) -> list[int]:
+    """Steps that were completely written."""
+    return list(ocp.utils.checkpoint_steps(root / STEPS)) if (root / STEPS).is_dir() else []
+
+
+def read_record(step_folder: Path) -> dict[str, Any]:
+    """The integrity record of a step: fingerprints of its arrays and the frozen ones, digest of its position."""
+    what = f"step {step_folder.name} of {step_folder.parent}"
+    try:
+        record = json.loads((step_folder / "integrity" / "metadata").read_text())
+        stated = record.pop("digest")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise Damaged(f"{what} must hold a readable integrity record: {error}.") from error
+    if digest(record) != stated:
+        raise Damaged(f"{what} is damaged: its integrity record differs from what was saved.")
+    return record
+
+
+def compare_frozen(found: dict[str, str], saved: dict[str, str], folder: Path) -> None:
+    """As `compare`, for the one copy of what a run never changes: there is no older one to fall back to."""
+    try:
+        compare(found, saved, str(folder))
+    except Damaged as error:
+        raise CheckpointError(
+            f"{error} It is the only copy. Put the folder back from a backup, or start in another --workdir "
+            "from the same init."
+        ) from error
+
+
+def tree_shapes(path: Path) -> dict[str, Any]:
+    """What a saved dictionary holds: anything with `shape` and `dtype` by name."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(path).item_metadata.tree
+
+
 def restore_tree(path: Path, target: Any) -> Parameters:
     """A saved dictionary in the shapes, dtypes and shardings of `target`."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -62,10 +125,19 @@ def restore_tree(path: Path, target: Any) -> Parameters:
 
 
 @contextlib.contextmanager
-def named_errors(what: str, remedy: str) -> Iterator[None]:
+def named_errors(what: str, remedy: str, kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
     """Turns whatever Orbax raises into one error that says which checkpoint it was."""
     try:
         yield
     except Exception as error:  # Orbax raises bare ones where TensorStore finds a damaged file.
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{what}: {reason[:400]}. {remedy}") from error
+        raise kind(f"{what}: {reason[:400]}. {remedy}") from error
+
+
+def _read_tree(path: Path) -> Parameters:
+    """A saved dictionary as its metadata describes it, on this host's first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with named_errors(f"{path} could not be read", "", Damaged):
+        shapes = tree_shapes(path)
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in shapes.items()}
+        return restore_tree(path, target)

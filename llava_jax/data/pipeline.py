@@ -3,10 +3,14 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+import signal
+import zlib
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import SupportsIndex
 
 import numpy as np
+from jaxtyping import Int
 
 from llava_jax.data.index import Index
 from llava_jax.data.plan import Plan
@@ -20,7 +24,7 @@ Batch = dict[str, np.ndarray]
 class RowReader:
     """The plan's rows as arrays, for one host: a random-access source that Grain slices and ships to its workers.
 
-    Host `process` of `num_processes` reads its equal share of every step's rows, from `first_step` on.
+    The host reads the rows at `places` of every step, counted from 0 in the step, from `first_step` on.
     """
 
     index: Index
@@ -28,23 +32,25 @@ class RowReader:
     rows: RowFormat
     needs: Needs
     first_step: int
-    process: int
-    num_processes: int
+    places: Int[np.ndarray, " k"]
 
     def __len__(self) -> int:
-        return (self.plan.num_steps - self.first_step) * self._rows_per_host
+        return (self.plan.num_steps - self.first_step) * len(self.places)
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        """One row, with `record_ids` (-1 where there is none) and `num_replaced`."""
-        step, place = divmod(int(index), self._rows_per_host)
-        number = (self.first_step + step) * self.plan.rows_per_step + self.process * self._rows_per_host + place
+        """One row, with `record_ids` (-1 where there is none), a checksum of them, and `num_replaced`."""
+        step, place = divmod(int(index), len(self.places))
+        number = (self.first_step + step) * self.plan.rows_per_step + int(self.places[place])
         planned = self.plan.row(number)
         read = [self._read(int(record), seed=(self.plan.seed, number, i)) for i, record in enumerate(planned)]
         used = np.array([record for record, _ in read], np.int64)
         ids = np.full(self.plan.most_records, -1, np.int64)
         ids[: len(used)] = used
         row = self.rows.assemble([example for _, example in read], self.needs)
-        return row | {"record_ids": ids, "num_replaced": np.int32((used != planned).sum())}
+        # Checksums of rows can be added up, whichever hosts the rows lie on.
+        checksum = np.uint32(zlib.crc32(np.array([number, *used], np.int64).tobytes())) if len(used) else np.uint32(0)
+        replaced = np.int32((used != planned).sum())
+        return row | {"record_ids": ids, "checksum": checksum, "num_replaced": replaced}
 
     def _read(self, record: int, *, seed: tuple[int, ...]) -> tuple[int, Example]:
         """The record, or the next usable one that takes no more room if its pixels turn out to be damaged.
@@ -66,29 +72,34 @@ class RowReader:
             f"{self.index.records.path} has none ({refusal}). Mend the data."
         )
 
-    @property
-    def _rows_per_host(self) -> int:
-        return self.plan.rows_per_step // self.num_processes
 
-
-def read_batches(reader: RowReader, *, num_workers: int) -> Iterator[Batch]:
+def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, None, None]:
     """This host's batches, step after step; `num_workers` processes read ahead, 0 reads in threads."""
     import grain
 
     # Threads overlap decoding with the step; the buffer bounds how far they run ahead. Rows become batches while
     # the data set is still random-access: workers share it by elements, and those must be whole steps.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-    dataset = grain.MapDataset.source(reader).batch(reader.plan.rows_per_step // reader.num_processes)
-    dataset = dataset.to_iter_dataset(options)
+    dataset = grain.MapDataset.source(reader).batch(len(reader.places)).to_iter_dataset(options)
     if num_workers:
         _parse_absl_flags()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    batches = iter(dataset)
-    with _no_accelerator_for_workers():
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _ignore_sigterm)
+    with _for_workers():
+        batches = iter(dataset)
         first = next(batches, None)
-    if first is not None:
-        yield first
-        yield from batches
+    try:
+        if first is not None:
+            yield first
+            yield from batches
+    finally:
+        # Workers that ignore SIGTERM would hold up the end of this process.
+        batches.close()
+
+
+def _ignore_sigterm(worker: int, num_workers: int) -> None:
+    """Schedulers signal whole process groups; a run that is asked to stop still needs its next batches."""
+    del worker, num_workers
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _parse_absl_flags() -> None:
@@ -100,13 +111,20 @@ def _parse_absl_flags() -> None:
 
 
 @contextlib.contextmanager
-def _no_accelerator_for_workers() -> Iterator[None]:
-    """A worker imports Grain, which imports JAX; it must not claim the accelerator that the parent holds."""
+def _for_workers() -> Iterator[None]:
+    """What workers inherit: a JAX that leaves the parent's accelerator alone, and a blocked SIGTERM while they start.
+
+    A worker imports Grain, which imports JAX. The parent's other threads still take the signal.
+    """
     before = os.environ.get("JAX_PLATFORMS")
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Its start would unblock the signal in the thread that starts the first worker.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if before is None:
             del os.environ["JAX_PLATFORMS"]
         else:

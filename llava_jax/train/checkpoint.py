@@ -1,47 +1,97 @@
 """Orbax checkpoints of a workdir: what never changes once, what is trained at every saved step."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
-from llava_jax.convert.workdir import FROZEN, STEPS, named_errors, restore_tree
+from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
+from llava_jax.convert.workdir import (
+    FROZEN,
+    STEPS,
+    compare_frozen,
+    named_errors,
+    read_record,
+    restore_tree,
+    tree_shapes,
+)
 from llava_jax.models.parameters import Parameters
+from llava_jax.train import processes
+
+# Where damaged steps are put aside; nothing reads them again.
+DAMAGED = "damaged"
 
 
 class Checkpoints:
-    """`DIR/checkpoints/<step>/{params,optimizer,position}` and `DIR/frozen`, layers always apart.
+    """`DIR/checkpoints/<step>/{params,optimizer,position,integrity}` and `DIR/frozen`, layers always apart.
 
-    Frozen parameters are written once; a step holds the trained ones, the optimizer's state and the position in
-    the data together, and becomes visible by one rename.
+    Frozen parameters are written once; a step holds the trained ones, the optimizer's state, the position in
+    the data and the fingerprints of all of it together, and becomes visible by one rename. The newest `keep` steps
+    are kept, and the one with the least `eval_loss` beside them.
     """
 
     def __init__(self, workdir: str, *, keep: int = 2):
         root = Path(workdir).absolute()
-        self.frozen_path, self.steps_path = root / FROZEN, root / STEPS
+        self.frozen_path, self.steps_path, self._damaged_path = root / FROZEN, root / STEPS, root / DAMAGED
+        self._frozen: dict[str, str] = {}
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self._manager = ocp.CheckpointManager(
             self.steps_path,
-            item_names=("params", "optimizer", "position"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("params", "optimizer", "position", "integrity"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [checkpoint_managers.LatestN(keep), best]
+                ),
+                best_fn=_eval_loss,
+                best_mode="min",
+                create=True,
+                # What a killed run left half written would stay for ever.
+                cleanup_tmp_directories=True,
+            ),
         )
 
-    def latest_step(self) -> int | None:
-        """The newest step that was completely written."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Steps that were completely written, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step: int, trainable: Parameters, opt_state: Any, position: Mapping[str, Any]) -> None:
+    def rehearse(self, trainable: Parameters, opt_state: Any) -> None:
+        """Compiles what a save computes: the first one, which SIGTERM may ask for, waits for no compiler."""
+        fingerprints((trainable, opt_state))
+
+    def save(
+        self,
+        step: int,
+        trainable: Parameters,
+        opt_state: Any,
+        position: Mapping[str, Any],
+        *,
+        eval_loss: float | None = None,
+    ) -> None:
         """Copies the arrays off the devices and goes on; they are written behind the loop's back."""
         with named_errors(
             f"step {step} of {self.steps_path} could not be written", "Free space; older steps are intact."
         ):
+            record = {
+                "params": fingerprints(trainable),
+                "optimizer": fingerprints(opt_state),
+                "frozen": self._frozen,
+                "position": digest(dict(position)),
+            }
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(trainable),
                     optimizer=ocp.args.StandardSave(opt_state),
                     position=ocp.args.JsonSave(dict(position)),
+                    integrity=ocp.args.JsonSave(record | {"digest": digest(record)}),
                 ),
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
             )
 
     def wait(self) -> None:
@@ -50,40 +100,67 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def position(self, step: int) -> dict[str, Any]:
-        """What was saved of the data's position and the run's identity."""
-        with named_errors(
-            f"step {step} of {self.steps_path} could not be read", "Delete it to fall back to the one before."
-        ):
+        """What was saved of the data's position and the run's identity; raises `Damaged`."""
+        what = f"step {step} of {self.steps_path}"
+        with named_errors(f"{what} could not be read", "", Damaged):
             args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=args)["position"]
+            position = self._manager.restore(step, args=args)["position"]
+        if digest(position) != read_record(self.steps_path / str(step))["position"]:
+            raise Damaged(f"{what} is damaged: its position differs from what was saved.")
+        return position
 
     def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[Parameters, Any]:
-        """Trained parameters and optimizer state, in the shapes, dtypes and shardings of the arguments."""
-        with named_errors(
-            f"step {step} of {self.steps_path} does not fit the model, its trainable parts and the optimizer",
-            "Go on with the config that wrote it, or choose another --workdir.",
-        ):
+        """Trained parameters and optimizer state, in the shapes, dtypes and shardings of the arguments.
+
+        Raises:
+          Damaged: something of the step is not what was saved.
+        """
+        what = f"step {step} of {self.steps_path}"
+        record = read_record(self.steps_path / str(step))
+        with named_errors(f"{what} could not be read", "", Damaged):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(trainable), optimizer=ocp.args.StandardRestore(opt_state)
                 ),
             )
+        for item in ("params", "optimizer"):
+            compare(fingerprints(restored[item]), record[item], f"the {item} of {what}")
+        self._frozen = record["frozen"]
         return restored["params"], restored["optimizer"]
+
+    def put_aside(self, step: int) -> None:
+        """Moves a damaged step out of the way of its repetition."""
+        if processes.is_first():
+            self._damaged_path.mkdir(exist_ok=True)
+            os.replace(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
+        processes.all_agree(f"aside/{step}", True)
+        self._manager.reload()
 
     def save_frozen(self, frozen: Parameters) -> None:
         """Writes the parameters that this run never changes, over those of a start that saved no step."""
+        self._frozen = fingerprints(frozen)
         if frozen:
             remedy = "Free space and start again."
             with named_errors(f"{self.frozen_path} could not be written", remedy), ocp.StandardCheckpointer() as writer:
                 writer.save(self.frozen_path, frozen, force=True)
 
     def restore_frozen(self, frozen: Any) -> Parameters:
-        """The frozen parameters in the shapes, dtypes and shardings of the argument."""
+        """The frozen parameters in the shapes, dtypes and shardings of the argument, as the restored step knew them."""
         if not frozen:
             return {}
-        with named_errors(f"{self.frozen_path} does not fit the model", "Choose another --workdir."):
-            return restore_tree(self.frozen_path, frozen)
+        remedy = "Put it back from a copy, or choose another --workdir."
+        with named_errors(f"{self.frozen_path} could not be read", remedy):
+            # Read in the dtype of their source, in which they were written and are compared.
+            saved = tree_shapes(self.frozen_path)
+            target = {n: jax.ShapeDtypeStruct(v.shape, saved[n].dtype, sharding=v.sharding) for n, v in frozen.items()}
+            values = restore_tree(self.frozen_path, target)
+        compare_frozen(fingerprints(values), self._frozen, self.frozen_path)
+        return {name: value.astype(frozen[name].dtype) for name, value in values.items()}
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _eval_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["eval_loss"]

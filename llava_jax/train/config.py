@@ -87,6 +87,41 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LifeConfig:
+    """How a run is watched and kept; nothing here changes a number of it, so all may differ when it goes on.
+
+    `keep`: newest checkpoints that stay; `stall_seconds`: without a finished step the watchdog ends the run;
+    `eval_records`: record file (of the same form, pictures under `data.image_root`) whose loss is measured every
+    `eval_every` steps, a multiple of `checkpoint_every`, the best such checkpoint staying too; `profile`: steps
+    `a:b` to trace; `wandb_project`: Weights & Biases project to report to.
+    """
+
+    keep: int = 2
+    stall_seconds: float = 1800.0
+    eval_records: str | None = None
+    eval_every: int | None = None
+    profile: str | None = None
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"life.keep must be at least 1; got {self.keep}.")
+        if not self.stall_seconds > 0:
+            raise ValueError(f"life.stall_seconds must be more than 0; got {self.stall_seconds}.")
+        _ = self.profile_steps
+
+    @property
+    def profile_steps(self) -> range:
+        """The steps to trace, counted from 0."""
+        if self.profile is None:
+            return range(0)
+        first, _, last = self.profile.partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise ValueError(f"life.profile must be two steps a:b with a < b; got {self.profile!r}.")
+        return range(int(first), int(last))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run of one stage.
 
@@ -108,6 +143,7 @@ class TrainConfig:
     stacked: bool = False
     remat: Literal["nothing", "everything"] = "nothing"
     mesh: MeshConfig = MeshConfig()
+    life: LifeConfig = LifeConfig()
     log_every: int = 1
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """What a run tells: a line per step in JSONL, curves in TensorBoard, progress on the terminal."""
 
+import hashlib
 import json
 import os
 import sys
@@ -7,7 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
+
+from llava_jax.errors import NumericsError, UserError
+from llava_jax.train import processes
+from llava_jax.train.config import TrainConfig
+from llava_jax.train.goodput import Clock
+from llava_jax.train.optim import make_schedule
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -15,23 +23,27 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends each step's numbers; on resume forgets what lies past the step that was restored."""
 
-    def __init__(self, workdir: str, *, first_step: int):
+    def __init__(self, workdir: str, *, first_step: int, wandb_project: str | None = None):
         path = Path(workdir) / METRICS_FILE
         kept = _lines_before(path, first_step)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self._file = path.open("a", buffering=1)
-        self._board = _Board(Path(workdir) / "tensorboard", first_step=first_step)
+        self._boards: list[_Board | _Wandb] = [_Board(Path(workdir) / "tensorboard", first_step=first_step)]
+        if wandb_project is not None:
+            self._boards.append(_Wandb(wandb_project, Path(workdir)))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records a step, counted from 0."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._board.write(step, {name: value for name, value in values.items() if isinstance(value, float)})
+        for board in self._boards:
+            board.write(step, {name: value for name, value in values.items() if isinstance(value, float)})
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class _Board:
@@ -55,6 +67,28 @@ class _Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Wandb:
+    """Weights & Biases, for those who ask for it; a resumed workdir goes on in its old run."""
+
+    def __init__(self, project: str, workdir: Path):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"life.wandb_project={project!r} needs Weights & Biases. pip install 'llava_jax[wandb]', or set it "
+                "to none."
+            ) from None
+        name = workdir.absolute()
+        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(project=project, dir=workdir, name=name.name, id=identity, resume="allow")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
@@ -103,3 +137,64 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Report:
+    """Fetches a step's numbers when the next one is already running, so that the device never waits for us."""
+
+    def __init__(self, config: TrainConfig, workdir: str, name: str, clock: Clock, *, first_step: int, num_steps: int):
+        self._factor = make_schedule(config.optim, num_steps)
+        self._log_every = config.log_every
+        is_first = processes.is_first()
+        project = config.life.wandb_project
+        self._log = MetricsLog(workdir, first_step=first_step, wandb_project=project) if is_first else None
+        self._progress = Progress(first_step=first_step, num_steps=num_steps, name=name) if is_first else None
+        self._clock = clock
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._last = time.perf_counter()
+        self.num_replaced = 0
+        # Devices whose process was asked to stop, as the newest finished step counted them.
+        self.stop_votes = 0.0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self, **more: float) -> None:
+        """Writes the pending step, `more` beside it; raises `NumericsError` if it was not finite."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.stop_votes = values.pop("stop_votes")
+        if not values.pop("finite"):
+            raise NumericsError(
+                f"Loss and gradients must be finite; step {step} gave loss={values['loss']}, "
+                f"grad_norm={values['grad_norm']}. It changed nothing and was not saved. Lower optim.learning_rate "
+                "or look at its records."
+            )
+        self.num_replaced += int(values["replaced"])
+        line = values | {
+            "learning_rate": self._factor(step),
+            "seconds": round(seconds, 6),
+            **{f"seconds_{name}": round(value, 6) for name, value in self._clock.take().items()},
+            # The sum, modulo 2^32, of the checksums of all rows on all hosts.
+            "records": f"{int(values['records']):08x}",
+            "replaced": int(values["replaced"]),
+            **more,
+        }
+        if self._log is not None and step % self._log_every == 0:
+            self._log.write(step, line)
+        if self._progress is not None:
+            self._progress.update(step, loss=values["loss"], tokens_per_second=values["tokens"] / seconds)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._log is not None:
+            self._log.close()
+        if self.num_replaced:
+            print(f"{self.num_replaced} damaged records were replaced; see 'replaced' in the metrics.", flush=True)

@@ -7,17 +7,23 @@ from pathlib import Path
 from types import TracebackType
 
 from llava_jax.errors import Preempted, UserError
+from llava_jax.train import processes
 
 FILE = "run.json"
 
 
 class RunRecord:
-    """Writes the status of a workdir: running, then done, preempted or failed, with the exit code."""
+    """Writes the status of a workdir: running, then done, preempted or failed, with the exit code.
+
+    Of several processes, the first one writes.
+    """
 
     def __init__(self, workdir: str):
         self._path = Path(workdir, FILE)
         self.step = 0
         self.num_steps = 0
+        # Of this start, by bucket; see train/goodput.py.
+        self.seconds: dict[str, float] = {}
 
     def __enter__(self) -> "RunRecord":
         self._write("running", None, "")
@@ -27,20 +33,26 @@ class RunRecord:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         del kind, traceback
+        self.finish(error)
+
+    def finish(self, error: BaseException | None) -> None:
+        """Says how the run ended."""
         if error is None:
             self._write("done", 0, "")
-        elif isinstance(error, Preempted):
-            self._write("preempted", error.exit_code, str(error))
-        else:
-            self._write("failed", error.exit_code if isinstance(error, UserError) else 70, str(error))
+            return
+        code = error.exit_code if isinstance(error, UserError) else 70
+        self._write("preempted" if code == Preempted.exit_code else "failed", code, str(error))
 
     def _write(self, status: str, exit_code: int | None, message: str) -> None:
+        if not processes.is_first():
+            return
         content = {
             "status": status,
             "step": self.step,
             "num_steps": self.num_steps,
             "exit_code": exit_code,
             "message": message,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         temporary = self._path.with_suffix(".tmp")

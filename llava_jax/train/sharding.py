@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import Constrain
 from llava_jax.train.config import MeshConfig
@@ -112,6 +113,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def num_batch_shards(mesh: Mesh) -> int:
     """How many equal parts the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def process_places(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " k"]:
+    """The rows of a batch of `num_rows` that this process reads: those that its devices hold, in order."""
+    if num_rows % num_batch_shards(mesh):
+        raise ValueError(
+            f"The rows of a step must be a multiple of the {num_batch_shards(mesh)} devices that share them; "
+            f"got {num_rows}. Change data.batch_rows or the mesh."
+        )
+    slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
+
+
+def to_devices(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, places: Int[np.ndarray, " k"], num_rows: int
+) -> dict[str, jax.Array]:
+    """This process's rows, those at `places`, as its share of the global batch; `record_ids` stay on the host."""
+
+    def share(value: np.ndarray) -> jax.Array:
+        def rows(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(num_rows)
+            start = int(np.searchsorted(places, first))
+            return value[start : start + last - first]
+
+        return jax.make_array_from_callback((num_rows, *value.shape[1:]), batch_sharding(mesh), rows)
+
+    return {name: share(value) for name, value in batch.items() if name != "record_ids"}
 
 
 def make_constrain(mesh: Mesh) -> Constrain:

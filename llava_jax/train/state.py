@@ -1,19 +1,24 @@
 """The state of a run: made fresh from `init`, or restored from its newest checkpoint."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.convert.arrays import place
 from llava_jax.convert.folder import check_parameters, read_part
-from llava_jax.errors import UserError
+from llava_jax.convert.integrity import Damaged
+from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
+from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.sharding import like_parameters, parameter_shardings
@@ -66,6 +71,13 @@ class Layout:
         else:
             self.memory = self.disk
 
+    @functools.cached_property
+    def take_apart(self) -> Callable[[tuple[Any, Any]], tuple[Any, Any]]:
+        """From trained parameters and optimizer state in memory to those on disk; compiled once."""
+        trainable, _, opt_state = self.disk
+        shardings = _shardings((trainable, opt_state))
+        return jax.jit(lambda trees: tuple(map(unstacked_tree, trees)), out_shardings=shardings)
+
     def _placed(self, trainable: Parameters, frozen: Parameters, opt_state: Any) -> tuple[Any, Any, Any]:
         """The abstract trees with the sharding of every leaf."""
         shardings = parameter_shardings(trainable | frozen, self.mesh)
@@ -98,11 +110,36 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
     return State(step=0, trainable=trainable, frozen=frozen, opt_state=make(trainable))
 
 
-def restored_state(layout: Layout, checkpoints: Checkpoints, step: int) -> State:
-    """The state at a saved step."""
-    trainable, opt_state = checkpoints.restore(step, layout.disk[0], layout.disk[2])
+def resumed_state(layout: Layout, checkpoints: Checkpoints, check: Callable[[Mapping[str, Any]], None]) -> State | None:
+    """The state at the newest good step, or None where no step was saved; `check` refuses another run's position.
+
+    A damaged step is put aside, with a warning, once an older one turned out to be good.
+    """
+    damaged: list[int] = []
+    reasons: list[Damaged] = []
+    for step in checkpoints.steps():
+        restored = None
+        try:
+            check(checkpoints.position(step))
+            restored = checkpoints.restore(step, layout.disk[0], layout.disk[2])
+        except Damaged as error:
+            reasons.append(error)
+        if processes.all_agree(f"restored/{step}", restored is not None) and restored is not None:
+            break
+        damaged.append(step)
+    else:
+        if damaged:
+            raise CheckpointError(
+                f"No saved step is good, and a run never starts anew in silence: {' '.join(map(str, reasons[:2]))} "
+                "Put a copy back, or choose another --workdir."
+            )
+        return None
     frozen = checkpoints.restore_frozen(layout.disk[1])
-    trainable, frozen, opt_state = _to_memory(layout, (trainable, frozen, opt_state))
+    for number in damaged:
+        checkpoints.put_aside(number)
+    for reason in reasons:
+        print(f"llava-jax: {reason} It was put aside; going on from step {step}.", file=sys.stderr, flush=True)
+    trainable, frozen, opt_state = _to_memory(layout, (restored[0], frozen, restored[1]))
     return State(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state)
 
 
@@ -110,9 +147,7 @@ def saved_trees(layout: Layout, state: State) -> tuple[Parameters, Any]:
     """What a checkpoint holds of a state: trained parameters and optimizer state, layers apart."""
     if not layout.config.stacked:
         return state.trainable, state.opt_state
-    trainable, _, opt_state = layout.disk
-    apart = jax.jit(lambda trees: tuple(map(unstacked_tree, trees)), out_shardings=_shardings((trainable, opt_state)))
-    return apart((state.trainable, state.opt_state))
+    return layout.take_apart((state.trainable, state.opt_state))
 
 
 def stacked_tree(tree: Any) -> Any:
@@ -139,6 +174,12 @@ def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
 def _put(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
     """Values on the mesh, in the dtype of their targets; each device is given its part, and no more is read."""
     return {name: place(values[name], target.dtype, target.sharding) for name, target in targets.items()}
+
+
+def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host's array on the devices; every process has the whole of it and gives its own devices their share."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _shardings(tree: Any) -> Any:

@@ -13,6 +13,8 @@ from jaxtyping import Array
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train.objectives import Context, Objective, Sums
 
+# Batch entries that no objective sees.
+TALLIED = ("checksum", "num_replaced")
 Metrics = dict[str, Array]
 Step = Callable[[Parameters, Parameters, Any, Mapping[str, Array]], tuple[Parameters, Any, Metrics]]
 
@@ -84,3 +86,21 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, compute(micro_batch)), None
 
     return jax.lax.scan(body, zeros, micro_batches)[0]
+
+
+def tallied(step: Step) -> Callable[..., tuple[Parameters, Any, Metrics]]:
+    """The step, which also adds up what each host says of its rows and whether it was asked to stop."""
+
+    def tallied_step(
+        trainable: Parameters, frozen: Parameters, opt_state: Any, batch: Mapping[str, Array], votes: Array
+    ):
+        rows = {name: value for name, value in batch.items() if name not in TALLIED}
+        trainable, opt_state, metrics = step(trainable, frozen, opt_state, rows)
+        tallies = {
+            "records": jnp.sum(batch["checksum"], dtype=jnp.uint32),
+            "replaced": jnp.sum(batch["num_replaced"]),
+            "stop_votes": jnp.sum(votes),
+        }
+        return trainable, opt_state, metrics | tallies
+
+    return tallied_step

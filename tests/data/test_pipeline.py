@@ -45,8 +45,7 @@ def _reader(
         rows=rows,
         needs=needs,
         first_step=first_step,
-        process=process,
-        num_processes=num_processes,
+        places=np.array_split(np.arange(plan.rows_per_step), num_processes)[process],
     )
 
 

@@ -1,8 +1,10 @@
 """Real training processes for tests: started, killed, asked to stop, and what they leave behind."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,6 +15,10 @@ from llava_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+EVERY = "checkpoint_every=2"
+# Every process that a test has started; tests/train/conftest.py ends those that it leaves behind.
+STARTED: list[subprocess.Popen] = []
+STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py"}
 
 
 def command(workdir: Path, *overrides: str, config: str = "configs/debug_cpu.py") -> list[str]:
@@ -28,21 +34,62 @@ def environment(cache: Path | None, **more: str) -> dict[str, str]:
     return os.environ | settings | more
 
 
-def start(workdir: Path, *overrides: str, cache: Path | None = None, **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(workdir, *overrides),
+def start(
+    workdir: Path, *overrides: str, cache: Path | None = None, config: str = STAGES["stage2"], **more: str
+) -> subprocess.Popen:
+    """In a session of its own, so that a test can signal its whole process group."""
+    process = subprocess.Popen(
+        command(workdir, *overrides, config=config),
         cwd=ROOT,
         env=environment(cache, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
-def finish(workdir: Path, *overrides: str, cache: Path | None = None, **more: str) -> subprocess.CompletedProcess:
-    process = start(workdir, *overrides, cache=cache, **more)
-    out, err = process.communicate(timeout=300)
+def wait(process: subprocess.Popen, timeout: float = 900) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def finish(workdir: Path, *overrides: str, **settings) -> subprocess.CompletedProcess:
+    return wait(start(workdir, *overrides, **settings))
+
+
+def start_several(workdir: Path, count: int, *overrides: str, cache: Path | None = None) -> list[subprocess.Popen]:
+    """Processes of one run, as several hosts would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(
+            workdir,
+            *overrides,
+            cache=cache,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(count),
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(count)
+    ]
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    """Returns when the run has recorded so many steps, or has ended."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = workdir / "metrics.jsonl"
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+    assert process.poll() is not None, "the run did not reach the step"
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -29,11 +29,6 @@ SHORT = ("data.steps=4", "checkpoint_every=2")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "run"
     result = finish(workdir, *SHORT, cache=cache)
@@ -168,8 +163,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])
-def test_a_damaged_checkpoint_exits_with_74(run: Path, damage: str, attempt):
+def test_a_damaged_checkpoint_without_an_older_one_exits_with_74(run: Path, damage: str, attempt):
     """The largest file of parameters, of the optimizer's state and of what is frozen."""
+    shutil.rmtree(run / "checkpoints" / "2")
     for part in ("checkpoints/4/params", "checkpoints/4/optimizer", "frozen"):
         path = max(_files(run / part), key=lambda path: path.stat().st_size)
         content = path.read_bytes()
@@ -208,7 +204,7 @@ def counted(*a, **k):
         return step(*arguments)
     return traced
 loop.make_step = counted
-original = loop._Report.add
+original = loop.Report.add
 compiled = []
 def listen(name, *a, **k):
     if "backend_compile" in name:
@@ -217,7 +213,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 def add(self, step, *a):
     steps.append(len(compiled))
     return original(self, step, *a)
-loop._Report.add = add
+loop.Report.add = add
 code = cli.main(sys.argv[1:])
 print("COUNTS", code, len(calls), steps)
 """

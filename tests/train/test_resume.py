@@ -1,43 +1,32 @@
 """A run that is killed or asked to stop ends as one that was not: every bit, every step's loss and records."""
 
+import fcntl
 import json
 import os
 import random
+import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from llava_jax.cli import main
 from tests.train.runs import (
+    EVERY,
     ROOT,
+    STAGES,
     STEPS,
     arrays,
     assert_same_bits,
     command,
-    environment,
     finish,
     saved_steps,
     start,
     story,
+    wait,
+    wait_for_step,
 )
-
-EVERY = "checkpoint_every=2"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """One uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("runs") / "reference"
-    result = finish(workdir, EVERY, cache=cache)
-    assert result.returncode == 0, result.stderr
-    return workdir
 
 
 def _assert_same_run(workdir: Path, reference: Path) -> None:
@@ -47,95 +36,115 @@ def _assert_same_run(workdir: Path, reference: Path) -> None:
     assert json.loads((workdir / "run.json").read_text())["status"] == "done"
 
 
-def _wait_for_step(workdir: Path, step: int, process) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = workdir / "metrics.jsonl"
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.005)
-    assert process.poll() is not None, "the run did not reach the step"
-
-
-def _kill_and_finish(workdir: Path, cache: Path, seed: int, num_kills: int) -> int:
+def _kill_and_finish(workdir: Path, cache: Path, config: str, seed: int, num_kills: int) -> int:
     """Kills at random moments of start, compilation, steps and writes; returns how many kills hit a live run."""
     rng = random.Random(seed)
-    hits = 0
-    for number in range(num_kills):
-        process = start(workdir, EVERY, cache=cache)
-        if number % 2:
-            time.sleep(rng.uniform(0.5, 6.0))
-        else:
-            _wait_for_step(workdir, rng.randrange(1, STEPS), process)
-            time.sleep(rng.uniform(0.0, 0.3))
-        hits += process.poll() is None
-        process.kill()
-        process.communicate()
-    result = finish(workdir, EVERY, cache=cache)
+    hits = done = 0
+    for number in range(num_kills + 1):
+        process = start(workdir, EVERY, cache=cache, config=config)
+        if number < num_kills:
+            if number % 2:
+                time.sleep(rng.uniform(0.5, 6.0))
+            else:
+                wait_for_step(workdir, rng.randrange(1, STEPS), process)
+                time.sleep(rng.uniform(0.0, 0.3))
+            hits += process.poll() is None
+            process.kill()
+        result = wait(process)
+        resumed = re.search(r"resuming at step (\d+)", result.stdout)
+        if "records usable" in result.stdout:
+            # A save may have been on its way, and the one before it: no more than two intervals are repeated.
+            assert done - (int(resumed[1]) if resumed else 0) <= 2 * int(EVERY.partition("=")[2])
+        done = len(story(workdir)) if (workdir / "metrics.jsonl").is_file() else 0
     assert result.returncode == 0, result.stderr
     return hits
 
 
-def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path, reference: Path, cache: Path):
-    assert _kill_and_finish(tmp_path / "run", cache, seed=0, num_kills=4) >= 2
-    _assert_same_run(tmp_path / "run", reference)
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path, references, cache: Path, stage: str):
+    assert _kill_and_finish(tmp_path / "run", cache, STAGES[stage], seed=0, num_kills=3) >= 2
+    _assert_same_run(tmp_path / "run", references(stage))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(1, 9))
-def test_often_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path, reference: Path, cache: Path, seed: int):
-    _kill_and_finish(tmp_path / "run", cache, seed=seed, num_kills=6)
-    _assert_same_run(tmp_path / "run", reference)
+@pytest.mark.parametrize("seed", range(1, 10))
+@pytest.mark.parametrize("stage", STAGES)
+def test_often_killed_runs_end_as_if_nothing_had_happened(
+    tmp_path: Path, references, cache: Path, stage: str, seed: int
+):
+    _kill_and_finish(tmp_path / "run", cache, STAGES[stage], seed=seed, num_kills=6)
+    _assert_same_run(tmp_path / "run", references(stage))
+
+
+def _assert_stopped(workdir: Path, result, *, at_least: int) -> int:
+    """The exit code, the record and the step are those of a run that saved; returns the step."""
+    assert result.returncode == 75, result.stderr
+    record = json.loads((workdir / "run.json").read_text())
+    (saved,) = saved_steps(workdir)
+    assert (record["status"], record["exit_code"], record["step"]) == ("preempted", 75, saved)
+    assert at_least <= saved < STEPS
+    assert len(story(workdir)) == saved
+    assert f"step {saved} of {STEPS}" in result.stderr
+    assert "Traceback" not in result.stderr
+    return saved
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.nightly)])
 def test_a_run_that_is_asked_to_stop_saves_and_continues(tmp_path: Path, reference: Path, cache: Path, step: int):
+    """Asked again and again, as an impatient person or scheduler does."""
     workdir = tmp_path / "run"
     process = start(workdir, "checkpoint_every=100", cache=cache)
-    _wait_for_step(workdir, step, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    record = json.loads((workdir / "run.json").read_text())
-    (saved,) = saved_steps(workdir)
-    assert record["status"] == "preempted"
-    assert record["exit_code"] == 75
-    assert record["step"] == saved
-    assert step <= saved < STEPS
-    assert len(story(workdir)) == saved
-    assert err.count("\n") == 1
-    assert f"step {saved} of {STEPS}" in err
-    assert "Traceback" not in err
+    wait_for_step(workdir, step, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    result = wait(process, timeout=60)
+    saved = _assert_stopped(workdir, result, at_least=step)
+    assert result.stderr.count("\n") == 1
     result = finish(workdir, EVERY, cache=cache)
     assert result.returncode == 0
     assert f"resuming at step {saved}" in result.stdout
     _assert_same_run(workdir, reference)
 
 
+@pytest.mark.parametrize("seconds", [2.0, *(pytest.param(s, marks=pytest.mark.nightly) for s in (0.5, 1.0, 3.0, 4.0))])
+def test_a_run_that_is_asked_to_stop_while_it_starts_ends_at_once(tmp_path: Path, seconds: float):
+    """Without a cache to compile from: the signal comes in imports, measuring or compiling."""
+    process = start(tmp_path / "run", EVERY)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    result = wait(process, timeout=60)
+    assert time.monotonic() - begin < 10
+    assert result.returncode == 75, result.stderr
+    assert "run the same command again" in result.stderr
+    assert not saved_steps(tmp_path / "run")
+
+
 @pytest.mark.nightly
 def test_workers_that_are_stopped_too_do_not_spoil_the_stop(tmp_path: Path, reference: Path, cache: Path):
     """A scheduler signals the whole process group."""
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(workdir, "checkpoint_every=100", "data.workers=2"),
-        cwd=ROOT,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _wait_for_step(workdir, 2, process)
+    process = start(workdir, "checkpoint_every=100", "data.workers=2", cache=cache)
+    wait_for_step(workdir, 2, process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75, err
+    _assert_stopped(workdir, wait(process, timeout=120), at_least=2)
     assert finish(workdir, EVERY, cache=cache).returncode == 0
     _assert_same_run(workdir, reference)
 
 
-def test_a_finished_run_does_nothing_more(reference: Path, cache: Path):
+def test_a_second_run_is_kept_out_of_a_workdir(reference: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.chdir(ROOT)
+    before = (reference / "run.json").read_bytes()
+    with (reference / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(command(reference, EVERY)[3:]) == 74
+    assert "one run at a time" in capfd.readouterr().err
+    assert (reference / "run.json").read_bytes() == before
+
+
+def test_a_finished_run_does_nothing_more(reference: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    monkeypatch.chdir(ROOT)
     before = arrays(reference, STEPS)
-    result = finish(reference, EVERY, cache=cache)
-    assert result.returncode == 0
+    assert main(command(reference, EVERY)[3:]) == 0, capfd.readouterr().err
     assert_same_bits(arrays(reference, STEPS), before)
     assert len(story(reference)) == STEPS

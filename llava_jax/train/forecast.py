@@ -1,0 +1,34 @@
+"""How long a save will take, told at the start: a machine that is taken away grants only so much grace."""
+
+import os
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from llava_jax.train import processes
+
+PROBE_BYTES = 64 << 20
+# What spot machines grant at least: 15 seconds on GKE, 30 on Compute Engine.
+GRACE_SECONDS = 15.0
+
+
+def save_forecast(workdir: str, trees: Any) -> str:
+    """One sentence on the bytes of a checkpoint, the speed that a probe wrote with, and the grace it needs."""
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) // processes.count()
+    probe = bytes(min(num_bytes, PROBE_BYTES))
+    start = time.perf_counter()
+    with tempfile.TemporaryFile(dir=workdir) as file:
+        file.write(probe)
+        file.flush()
+        os.fsync(file.fileno())
+    speed = max(len(probe), 1) / (time.perf_counter() - start)
+    seconds = num_bytes / speed
+    warning = (
+        "" if seconds < GRACE_SECONDS else "; SHORTER THAN THAT, a preempted run loses the steps since its last save"
+    )
+    return (
+        f"a save writes {num_bytes / 1e6:,.1f} MB a process, {seconds:.1f} s at the {speed / 1e6:,.0f} MB/s measured; "
+        f"the grace period after SIGTERM must be longer (spot machines: {GRACE_SECONDS:.0f} to 30 s){warning}"
+    )

@@ -1,0 +1,32 @@
+"""One run at a time in a workdir."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_jax.errors import CheckpointError
+from llava_jax.train import processes
+
+
+@contextlib.contextmanager
+def only_run(workdir: str) -> Iterator[None]:
+    """Holds the workdir against a second run; the kernel lets go when the process ends, however it does.
+
+    Of several processes, the first one holds it for all.
+    """
+    if not processes.is_first():
+        yield
+        return
+    with Path(workdir, "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"A workdir takes one run at a time; another one is running in {workdir!r}. Wait for it, stop it, "
+                "or choose another --workdir."
+            ) from None
+        except OSError as error:
+            # Some network file systems know no locks.
+            print(f"{workdir} cannot be locked ({error.strerror}): take care to start one run alone.", flush=True)
+        yield

@@ -1,0 +1,102 @@
+"""The held-out loss is that of its records, however they are packed; asking for it changes no step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_jax.convert.workdir import open_workdir
+from llava_jax.data.records import RecordFile, find_spans
+from llava_jax.errors import UserError
+from llava_jax.models.attention import attend_xla
+from llava_jax.models.build import structure
+from llava_jax.models.parameters import bind
+from llava_jax.train.config import apply_override, load_config
+from llava_jax.train.evaluation import check_evaluation
+from llava_jax.train.forecast import save_forecast
+from llava_jax.train.loop import data_needs
+from llava_jax.train.metrics import read_metrics
+from llava_jax.train.objectives import Context
+from llava_jax.train.sharding import make_constrain, make_mesh
+from tests.train.runs import ROOT, STEPS, finish, story
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(str(ROOT / "configs" / "debug_cpu.py"))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path, config) -> Path:
+    """A run that evaluates on a part of its records and traces two steps."""
+    folder = tmp_path_factory.mktemp("watched")
+    records = json.loads(Path(config.data.records).read_text())[:11]
+    (folder / "held_out.json").write_text(json.dumps(records))
+    settings = (f"life.eval_records={folder / 'held_out.json'}", "life.eval_every=4", "life.profile=2:4")
+    result = finish(folder / "run", "checkpoint_every=2", *settings, cache=cache)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_watching_changes_no_step(watched: Path, reference: Path):
+    assert story(watched) == story(reference)
+
+
+def test_the_loss_is_measured_where_it_was_asked_for(watched: Path):
+    lines = read_metrics(str(watched))
+    assert [line["step"] + 1 for line in lines if "eval_loss" in line] == [4, 8, STEPS]
+    measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert measured[-1] < measured[0]
+
+
+def test_the_loss_is_that_of_its_records_one_by_one(watched: Path, config):
+    """Computed again from the saved parameters, one row a record, without padding rows or a plan."""
+    needs, rows = data_needs(config), config.data.rows
+    path = str(watched.parent / "held_out.json")
+    records = RecordFile(path, find_spans(path))
+    model = bind(structure(config.model)[0], open_workdir(str(watched))[0])
+    context = Context(attend=attend_xla, constrain=make_constrain(make_mesh(config.mesh)), remat=None)
+    total = weight = 0.0
+    for i in range(len(records)):
+        row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
+        sums = config.objective(model, {name: value[None] for name, value in row.items()}, context)
+        total, weight = total + float(sums.loss), weight + float(sums.weight)
+    assert read_metrics(str(watched))[-1]["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_a_trace_is_left(watched: Path):
+    assert list((watched / "profiles").rglob("*.xplane.pb"))
+
+
+def test_every_second_is_in_a_bucket(watched: Path):
+    lines = read_metrics(str(watched))
+    for line in lines:
+        assert {"seconds_start", "seconds_data", "seconds_step", "seconds_save", "seconds_eval"} <= line.keys()
+    assert sum(line["seconds_eval"] for line in lines) > 0
+    assert lines[0]["seconds_start"] > 0
+    assert all(line["seconds_start"] == 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("life.eval_every=5", "go together"), ("life.eval_records=x.json", "go together")],
+)
+def test_half_an_evaluation_is_refused(config, override: str, says: str):
+    with pytest.raises(UserError, match=says):
+        check_evaluation(apply_override(config, override))
+
+
+def test_an_evaluation_between_checkpoints_is_refused(config):
+    config = apply_override(apply_override(config, "life.eval_records=x.json"), "life.eval_every=7")
+    with pytest.raises(UserError, match="multiple of checkpoint_every=5; got 7"):
+        check_evaluation(config)
+
+
+def test_the_forecast_names_bytes_and_warns_of_a_short_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trees = {"x": np.zeros((1000, 1000), np.float32)}
+    text = save_forecast(str(tmp_path), trees)
+    assert "a save writes 4.0 MB" in text
+    assert "SHORTER" not in text
+    monkeypatch.setattr("llava_jax.train.forecast.GRACE_SECONDS", 0.0)
+    assert "SHORTER" in save_forecast(str(tmp_path), trees)
