@@ -1,6 +1,7 @@
 """Reading a training workdir: its newest step and what its run never changed."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from llava_jax.errors import CheckpointError
+from llava_jax.models.lora import is_adapter, merged
 from llava_jax.models.parameters import Parameters
 
 FROZEN = "frozen"
 STEPS = "checkpoints"
+# The resolved config of a run, flat.
+CONFIG = "config.json"
 
 # Orbax reports every phase of every save as a warning; what matters comes back as an exception.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def read_workdir(workdir: str) -> Parameters:
-    """All parameters of a workdir's newest step, on this host's first device."""
+    """All parameters of a workdir's newest step, on this host's first device; adapters are merged."""
     root = Path(workdir).absolute()
     step = ocp.utils.checkpoint_steps(root / STEPS) if (root / STEPS).is_dir() else []
     if not step:
@@ -36,7 +40,15 @@ def read_workdir(workdir: str) -> Parameters:
                     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in shapes.items()
                 }
                 values |= restore_tree(path, target)
-    return values
+    return merge_adapters(values, root)
+
+
+def merge_adapters(values: Parameters, workdir: Path) -> Parameters:
+    """A run's parameters as those of its plain model; they come back as they are where it trained no adapters."""
+    if not any(map(is_adapter, values)):
+        return values
+    config = json.loads((workdir / CONFIG).read_text())
+    return merged(values, config["lora.alpha"] / config["lora.rank"])
 
 
 def restore_tree(path: Path, target: Any) -> Parameters:

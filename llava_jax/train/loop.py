@@ -91,6 +91,8 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
             context=Context(attend=attend_xla, constrain=make_constrain(mesh), remat=REMAT[config.remat]),
             accumulation=config.accumulation,
             compute_dtype=config.compute_dtype,
+            bound=layout.bound,
+            seed=config.seed,
         )
         reader = RowReader(
             index=index,
