@@ -1,6 +1,7 @@
 """Training with adapters: what learns and is kept, exact resume, and the workdir as a model of its own."""
 
 import dataclasses
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -84,10 +85,9 @@ def test_a_run_with_adapters_learns_and_saves_them_alone(trained: Path):
     assert not any(name.endswith("kernel']") for name in saved if "decoder" in name)
 
 
+@pytest.mark.nightly
 def test_a_run_with_adapters_goes_on_bit_for_bit(trained: Path, tmp_path: Path):
-    """Dropout, too, is where it was: the first half is run alone, then the same command continues."""
-    import shutil
-
+    """Dropout, too, is where it was: the later steps are taken away, then the same command continues."""
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     for step in saved_steps(workdir)[1:]:
