@@ -2,7 +2,7 @@ r"""LLaVA-1.5 stage 2: tune projector and Vicuna-7B on the 665k mix; the tower i
 
     llava-jax train --config configs/llava15_finetune_7b.py --workdir runs/finetune_7b
 
-Numbers: scripts/v1_5/finetune.sh of the original.
+Numbers: scripts/v1_5/finetune.sh of the original, whose DeepSpeed config does not clip gradients.
 """
 
 from llava_jax.data.rows import Conversations
@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
             epochs=1,
             workers=8,
         ),
-        optim=OptimConfig(learning_rate=2e-5),
+        optim=OptimConfig(learning_rate=2e-5, clip_norm=None),
         stacked=True,
         remat="everything",
         checkpoint_every=200,

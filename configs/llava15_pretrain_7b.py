@@ -2,7 +2,8 @@ r"""LLaVA-1.5 stage 1: align CLIP with Vicuna-7B by training the projector alone
 
     llava-jax train --config configs/llava15_pretrain_7b.py --workdir runs/pretrain_7b
 
-Numbers: scripts/v1_5/pretrain.sh of the original, which prepares pictures without padding in this stage.
+Numbers: scripts/v1_5/pretrain.sh of the original, which prepares pictures without padding in this stage;
+its DeepSpeed config does not clip gradients.
 """
 
 from llava_jax.data.rows import Conversations
@@ -31,7 +32,7 @@ def get_config() -> TrainConfig:
             epochs=1,
             workers=8,
         ),
-        optim=OptimConfig(learning_rate=1e-3),
+        optim=OptimConfig(learning_rate=1e-3, clip_norm=None),
         stacked=True,
         remat="everything",
         checkpoint_every=200,

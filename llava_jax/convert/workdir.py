@@ -1,6 +1,8 @@
 """Reading a training workdir: its newest good step and what its run never changed."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -15,10 +17,13 @@ import orbax.checkpoint as ocp
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
+from llava_jax.models.lora import A, B, is_adapter, merged
 from llava_jax.models.parameters import Parameters
 
 FROZEN = "frozen"
 STEPS = "checkpoints"
+# The resolved config of a run, flat.
+CONFIG = "config.json"
 
 # Orbax reports every phase of every save as a warning; what matters comes back as an exception.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -51,7 +56,7 @@ def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Te
             continue
         frozen = _open_tree(workdir, root / FROZEN) if record["frozen"] else {}
         compare_frozen(_fingerprints(frozen), record["frozen"], root / FROZEN)
-        return frozen | trained, candidate
+        return _plain(frozen | trained, root), candidate
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
@@ -116,6 +121,24 @@ def tree_shapes(path: Path) -> dict[str, Any]:
     """What a saved dictionary holds: anything with `shape` and `dtype` by name."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(path).item_metadata.tree
+
+
+def _plain(tensors: Mapping[str, Tensor], workdir: Path) -> dict[str, Tensor]:
+    """A run's parameters as those of its plain model: adapters, if it trained any, are added as each is read."""
+    if not any(map(is_adapter, tensors)):
+        return dict(tensors)
+    config = json.loads((workdir / CONFIG).read_text())
+    scale = config["lora.alpha"] / config["lora.rank"]
+
+    def view(kernel: str, *adapter: str) -> np.ndarray:
+        return merged({name: tensors[name].view() for name in (kernel, *adapter)}, scale)[kernel]
+
+    plain = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    for kernel in plain:
+        adapter = [kernel.removesuffix(".kernel") + end for end in (A, B)]
+        if adapter[0] in tensors:
+            plain[kernel] = dataclasses.replace(plain[kernel], view=functools.partial(view, kernel, *adapter))
+    return plain
 
 
 def restore_tree(path: Path, target: Any) -> Parameters:

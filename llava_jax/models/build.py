@@ -10,6 +10,7 @@ from flax import nnx
 
 from llava_jax.models.clip import Clip
 from llava_jax.models.llava import Llava
+from llava_jax.models.lora import LoraConfig, adapt
 from llava_jax.models.parameters import Parameters, part, skeleton, stack_layers
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
@@ -22,22 +23,32 @@ class _OneKey(nnx.Rngs):
 
 
 def structure(
-    config: ModelConfig, *, stacked: bool = False, param_dtype: jax.typing.DTypeLike = jnp.float32
+    config: ModelConfig,
+    *,
+    stacked: bool = False,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    lora: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Parameters]:
-    """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory."""
+    """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory.
+
+    `lora` puts adapters beside the decoder's layers.
+    """
 
     def build() -> Llava | Clip:
         # The values that modules make for themselves are never computed; see `initial_value`.
         match config:
             case LlavaConfig():
-                return Llava(config, stacked=stacked, param_dtype=param_dtype, rngs=_OneKey(0))
+                model = Llava(config, stacked=stacked, param_dtype=param_dtype, rngs=_OneKey(0))
+                if lora is not None:
+                    adapt(model.decoder, lora)
+                return model
             case ClipConfig():
                 return Clip(config, stacked=stacked, param_dtype=param_dtype, rngs=_OneKey(0))
 
     graphdef, values = skeleton(build)
     if stacked:
         # Built with one layer of each run; what it is bound to has all of them.
-        values = jax.eval_shape(stack_layers, structure(config, param_dtype=param_dtype)[1])
+        values = jax.eval_shape(stack_layers, structure(config, param_dtype=param_dtype, lora=lora)[1])
     return graphdef, values
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import UserError
-from llava_jax.shapes import ModelConfig
+from llava_jax.models.lora import LoraConfig
+from llava_jax.shapes import LlavaConfig, ModelConfig
 from llava_jax.train.objectives import Objective, contrastive
 
 
@@ -127,7 +128,8 @@ class TrainConfig:
 
     `init`: where each part of the model starts, a folder (Hugging Face, model folder or workdir) or `random`;
     `trainable`: the parts that learn, the others get neither gradients nor moments; `stacked`: whether layers
-    are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again.
+    are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again;
+    `lora`: the decoder learns through adapters, its own parameters are frozen.
     """
 
     model: ModelConfig
@@ -142,6 +144,7 @@ class TrainConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     stacked: bool = False
     remat: Literal["nothing", "everything"] = "nothing"
+    lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     life: LifeConfig = LifeConfig()
     log_every: int = 1
@@ -159,6 +162,8 @@ class TrainConfig:
             raise ValueError(f"seed must be at least 0; got {self.seed}.")
         if not self.trainable:
             raise ValueError("trainable must name at least one part of the model; got ().")
+        if self.lora is not None and ("decoder" not in self.trainable or not isinstance(self.model, LlavaConfig)):
+            raise ValueError(f"lora adapts a decoder that is trained; got trainable={self.trainable}. Add 'decoder'.")
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:

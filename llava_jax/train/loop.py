@@ -101,6 +101,8 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
         context=context,
         accumulation=config.accumulation,
         compute_dtype=config.compute_dtype,
+        bound=layout.bound,
+        seed=config.seed,
     )
     places = process_places(mesh, plan.rows_per_step)
     reader = RowReader(index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=state.step, places=places)

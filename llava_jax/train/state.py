@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.convert.arrays import place
@@ -17,6 +17,7 @@ from llava_jax.convert.folder import check_parameters, read_part
 from llava_jax.convert.integrity import Damaged
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.build import random_parameters, structure
+from llava_jax.models.lora import DROPOUT, initial_factor, is_adapter
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
@@ -42,8 +43,10 @@ class Layout:
 
     def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.graphdef: nnx.GraphDef = structure(config.model, stacked=config.stacked)[0]
-        self.parameters: Parameters = structure(config.model)[1]
+        # All that the model is bound to in a step: its parameters in memory, and the keys of its dropout.
+        self.graphdef, self.bound = structure(config.model, stacked=config.stacked, lora=config.lora)
+        abstract = structure(config.model, lora=config.lora)[1]
+        self.parameters: Parameters = {n: v for n, v in abstract.items() if not n.endswith(DROPOUT)}
         parts = {part(name) for name in self.parameters}
         for field, names in (("trainable", set(config.trainable)), ("init", set(config.init))):
             if not names <= parts or (field == "init" and names != parts):
@@ -57,7 +60,7 @@ class Layout:
                 f"optim.part_learning_rates must name trainable parts, {', '.join(config.trainable)}; "
                 f"got {', '.join(sorted(unused))}."
             )
-        trainable = {n: v for n, v in self.parameters.items() if part(n) in config.trainable}
+        trainable = {n: v for n, v in self.parameters.items() if learns(n, config)}
         frozen = {
             n: jax.ShapeDtypeStruct(v.shape, config.compute_dtype)
             for n, v in self.parameters.items()
@@ -89,6 +92,11 @@ class Layout:
         )
 
 
+def learns(name: str, config: TrainConfig) -> bool:
+    """Whether a run trains a parameter."""
+    return part(name) in config.trainable and (config.lora is None or part(name) != "decoder" or is_adapter(name))
+
+
 def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpoints: Checkpoints) -> State:
     """Step 0: every part from where `init` says; the frozen parts go to disk once."""
     config = layout.config
@@ -99,9 +107,13 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
     for name, source in config.init.items():
         if name not in random:
             found = read_part(source, name, config.model)
-            expected = {n: v for n, v in layout.parameters.items() if part(n) == name}
+            expected = {n: v for n, v in layout.parameters.items() if part(n) == name and not is_adapter(n)}
             check_parameters(found, expected, f"init.{name}={source}")
             values |= found
+    for name, value in layout.parameters.items():
+        if is_adapter(name):
+            rng = np.random.default_rng((config.seed, zlib.crc32(name.encode())))
+            values[name] = initial_factor(name, value.shape, rng)
     trainable, frozen, _ = layout.disk
     as_found = {n: jax.ShapeDtypeStruct(t.shape, values[n].dtype, sharding=t.sharding) for n, t in frozen.items()}
     checkpoints.save_frozen(_put(values, as_found))

@@ -1,6 +1,7 @@
 """One optimizer step as a pure function over flat dictionaries."""
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
+from llava_jax.models.lora import DROPOUT, dropout_keys
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train.objectives import Context, Objective, Sums
 
@@ -27,6 +29,8 @@ def make_step(
     context: Context,
     accumulation: int,
     compute_dtype: jax.typing.DTypeLike,
+    bound: Mapping[str, Any] = types.MappingProxyType({}),
+    seed: int = 0,
 ) -> Step:
     """The step `(trainable, frozen, opt_state, batch) -> (trainable, opt_state, metrics)`.
 
@@ -34,13 +38,21 @@ def make_step(
     Micro-batches add sums and counts; the one division comes last and is guarded, so that a batch without a
     supervised token has zero gradient, not NaN. A step whose loss or gradient is not finite updates nothing
     and says so in `metrics["finite"]`.
+
+    `bound` is what the model is bound to, abstractly; where that includes keys of dropout, each micro-batch of each
+    step gets its own, from the seed and the optimizer's count alone.
     """
 
+    drops = any(name.endswith(DROPOUT) for name in bound)
+
     def sums_and_gradients(
-        trainable: Parameters, frozen: Parameters, batch: Mapping[str, Array]
+        trainable: Parameters, frozen: Parameters, batch: Mapping[str, Array], key: Key[Array, ""]
     ) -> tuple[Sums, Parameters]:
+        def values(trainable: Parameters) -> Parameters:
+            return cast(trainable, compute_dtype) | cast(frozen, compute_dtype) | dropout_keys(bound, key)
+
         def total(trainable: Parameters) -> tuple[Array, Sums]:
-            model = bind(graphdef, cast(trainable, compute_dtype) | cast(frozen, compute_dtype))
+            model = bind(graphdef, values(trainable))
             sums = objective(model, batch, context)
             return sums.loss, sums
 
@@ -48,10 +60,15 @@ def make_step(
         return sums, gradients
 
     def step(trainable: Parameters, frozen: Parameters, opt_state: Any, batch: Mapping[str, Array]):
+        key = jax.random.key(seed)
+        if drops:
+            key = jax.random.fold_in(key, opt_state[-1].count)
         if accumulation == 1:
-            sums, gradients = sums_and_gradients(trainable, frozen, batch)
+            sums, gradients = sums_and_gradients(trainable, frozen, batch, key)
         else:
-            sums, gradients = _accumulate(functools.partial(sums_and_gradients, trainable, frozen), batch, accumulation)
+            sums, gradients = _accumulate(
+                functools.partial(sums_and_gradients, trainable, frozen), batch, key, accumulation
+            )
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
         loss, norm = sums.loss * scale, optax.tree.norm(gradients)
@@ -72,20 +89,24 @@ def cast(values: Parameters, dtype: jax.typing.DTypeLike) -> Parameters:
 
 
 def _accumulate(
-    compute: Callable[[Mapping[str, Array]], tuple[Sums, Parameters]], batch: Mapping[str, Array], accumulation: int
+    compute: Callable[[Mapping[str, Array], Key[Array, ""]], tuple[Sums, Parameters]],
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    accumulation: int,
 ) -> tuple[Sums, Parameters]:
     """Adds up the sums and gradients of `accumulation` micro-batches, one after the other.
 
     Micro-batch j takes rows j, j + accumulation, ...: a share of every device's rows, so that nothing moves.
     """
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    keys = jax.random.split(key, accumulation)
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first, key))
 
-    def body(total, micro_batch):
-        return jax.tree.map(jnp.add, total, compute(micro_batch)), None
+    def body(total, x):
+        return jax.tree.map(jnp.add, total, compute(*x)), None
 
-    return jax.lax.scan(body, zeros, micro_batches)[0]
+    return jax.lax.scan(body, zeros, (micro_batches, keys))[0]
 
 
 def tallied(step: Step) -> Callable[..., tuple[Parameters, Any, Metrics]]:

@@ -1,0 +1,79 @@
+r"""Trains on a TPU VM or pod slice with nothing but gcloud: makes it, installs this checkout's commit on it, trains.
+
+    python scripts/launch_tpu_vm.py --name llava --zone us-west4-a --type v5litepod-16 --version v2-alpha-tpuv5-lite \
+        --config configs/llava15_pretrain_7b.py --workdir gs://my-bucket/pretrain_7b
+
+Arguments after `--` go to `gcloud ... create` (`-- --spot`); `--dry-run` prints the shell program and runs nothing.
+The same command continues on a VM that is there. JAX finds the workers of a TPU VM by itself. Exit code 75 runs the
+training again, on a new VM when the old one was taken away. It is left standing at the end: delete it.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+# The VM images have Python 3.10, which JAX has left.
+INSTALL = (
+    "rm -rf llava_jax && mkdir llava_jax && tar -xzf llava_jax.tar.gz -C llava_jax && pip3 install -q --user uv "
+    "&& .local/bin/uv venv -q --clear --python 3.12 venv && .local/bin/uv pip install -q -p venv './llava_jax[tpu]'"
+)
+PROGRAM = """\
+set -u
+git archive --format=tar.gz --output=/tmp/llava_jax.tar.gz HEAD || exit
+code=75
+while [ "$code" -eq 75 ]; do
+    state=$({tpu} describe {name} --format='value(state)')
+    if [ "$state" != READY ]; then
+        # A preempted VM stays in the list, useless, until it is deleted.
+        [ -z "$state" ] || {tpu} delete {name} --quiet
+        {tpu} create {name} {create} || {{ sleep 60; continue; }}
+        {tpu} scp /tmp/llava_jax.tar.gz {name}: {all} || exit
+        {tpu} ssh {name} {all} --command={install} || exit
+    fi
+    # Ends with the code of the first worker that failed.
+    {tpu} ssh {name} {all} --command={train}
+    code=$?
+    if [ "$code" -ne 0 ] && [ "$({tpu} describe {name} --format='value(state)')" != READY ]; then
+        code=75
+    fi
+done
+exit "$code"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--type", required=True, help="accelerator type, such as v5litepod-16")
+    parser.add_argument("--version", required=True, help="runtime version, such as v2-alpha-tpuv5-lite")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workdir", required=True, help="gs:// folder")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value")
+    parser.add_argument("--dry-run", action="store_true")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments, more = parser.parse_args(argv[:split]), argv[split + 1 :]
+
+    train = ["llava-jax", "train", f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
+    train += [f"--set={override}" for override in arguments.set]
+    program = PROGRAM.format(
+        # One variable of gcloud's own instead of --zone on every line.
+        tpu=f"CLOUDSDK_COMPUTE_ZONE={shlex.quote(arguments.zone)} gcloud compute tpus tpu-vm",
+        name=shlex.quote(arguments.name),
+        create=shlex.join([f"--accelerator-type={arguments.type}", f"--version={arguments.version}", *more]),
+        install=shlex.quote(INSTALL),
+        train=shlex.quote(f"cd llava_jax && ../venv/bin/{shlex.join(train)}"),
+        # All at once: a worker that started last would be waited for by those that it waits for.
+        all="--worker=all --batch-size=all",
+    )
+    if arguments.dry_run:
+        print(program, end="")
+        return 0
+    return subprocess.run(["bash", "-c", program]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
