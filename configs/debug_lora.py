@@ -3,9 +3,9 @@ r"""The toy of debug_cpu.py with LoRA: the decoder learns through adapters, rand
 llava-jax train --config configs/debug_lora.py --workdir runs/debug_lora
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.generated import temporary_data
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.models.lora import LoraConfig
 from llava_jax.sizes import DEBUG
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig

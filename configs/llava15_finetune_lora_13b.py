@@ -5,8 +5,8 @@ r"""LLaVA-1.5 stage 2 with LoRA: adapters on every linear layer of Vicuna-13B, a
 Numbers: scripts/v1_5/finetune_lora.sh of the original, whose DeepSpeed config does not clip gradients.
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.models.lora import LoraConfig
 from llava_jax.sizes import LLAVA_15_13B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig

@@ -6,8 +6,8 @@ r"""Tunes the published LLaVA-1.5-13B further with LoRA, on data of your own.
 Numbers: scripts/v1_5/finetune_task_lora.sh of the original, whose DeepSpeed config does not clip gradients.
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.models.lora import LoraConfig
 from llava_jax.sizes import LLAVA_15_13B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig

@@ -6,8 +6,8 @@ Numbers: scripts/finetune_full_schedule.sh of the original, whose DeepSpeed conf
 batch is 128; the paper (arXiv 2304.08485) says 32: `--set data.batch_records=32`.
 """
 
-from llava_jax.data.conversation import V1
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import V1
 from llava_jax.sizes import LLAVA_V1_7B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token

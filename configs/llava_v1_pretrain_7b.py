@@ -6,8 +6,8 @@ Numbers: scripts/pretrain.sh of the original, whose DeepSpeed config does not cl
 For 13B exchange LLAVA_V1_13B and weights/vicuna-13b-v1.3.
 """
 
-from llava_jax.data.conversation import PLAIN
 from llava_jax.data.rows import Conversations
+from llava_jax.data.templates import PLAIN
 from llava_jax.sizes import LLAVA_V1_7B
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token
