@@ -203,9 +203,10 @@ class LlamaTokenizer(Tokenizer):
             if text is None:
                 run.append(self._model.id_to_piece(token_id))
             elif text not in self._specials:
-                texts += [self._join(run), text]
+                before = self._join(run)
+                texts += [before, text] if before else [text]
                 run = []
-        return " ".join(text for text in (*texts, self._join(run)) if text)
+        return " ".join([*texts, self._join(run)] if run else texts)
 
     def _join(self, pieces: list[str]) -> str:
         if not pieces:
