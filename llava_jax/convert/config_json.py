@@ -148,6 +148,7 @@ def read_vision(fields: Fields, **defaults: Any) -> VisionConfig:
     if kind not in (None, "clip_vision_model", "clip"):
         raise CheckpointError(f"{fields.where}: a tower of model_type={kind!r} is not supported, only CLIP's.")
     fields.must_be("num_channels", 3)
+    fields.must_be("hidden_act", "quick_gelu", "gelu")
     fields.must_be("attention_dropout", 0.0)
     fields.must_be("dropout", 0.0)
     fields.ignore("projection_dim", "vocab_size", "vision_use_head")
@@ -170,6 +171,7 @@ def read_clip(fields: Fields) -> ClipConfig:
     # Copies of the nested configs that old versions wrote beside them.
     fields.ignore("text_config_dict", "vision_config_dict")
     vision, text = fields.nested("vision_config"), fields.nested("text_config")
+    text.must_be("hidden_act", "quick_gelu", "gelu")
     text.must_be("attention_dropout", 0.0)
     text.must_be("dropout", 0.0)
     text.ignore("projection_dim")

@@ -177,7 +177,7 @@ def test_a_field_that_would_change_the_numbers_is_refused_by_name(change: dict[s
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "tie_word_embeddings is True"),
         ({"text_config": {"model_type": "qwen2"}}, "decoder of model_type='qwen2'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "tower of model_type='siglip_vision_model'"),
-        ({"vision_config": {"hidden_act": "relu"}}, "vision.activation"),
+        ({"vision_config": {"hidden_act": "relu"}}, "vision_config: hidden_act='relu'"),
         ({"text_config": []}, "text_config must be dict"),
     ],
 )

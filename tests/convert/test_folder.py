@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from llava_jax.convert import folder as module
 from llava_jax.convert.card import ModelCard, read_card, write_card
 from llava_jax.convert.folder import check_parameters, read_parameters, write_model_folder
+from llava_jax.convert.provenance import sha256
 from llava_jax.data.anyres import AnyRes
 from llava_jax.errors import CheckpointError
 from llava_jax.inference.model import load
@@ -110,7 +111,7 @@ def test_provenance_names_every_file_and_its_hash(folder: Path):
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "provenance.json"
     }
     for name, digest in provenance["sha256"].items():
-        assert module._sha256(folder / name) == digest
+        assert sha256(folder / name) == digest
 
 
 def test_writing_again_replaces_the_folder(folder: Path, params: dict[str, np.ndarray], data: Path):

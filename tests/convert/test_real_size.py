@@ -39,9 +39,9 @@ YI = dataclasses.replace(
 )
 SIZES = {
     "1.5 7B": (LLAVA_15_7B, 7_063_427_072),
-    "1.5 13B": (LLAVA_15_13B, 13_351_495_680),
+    "1.5 13B": (LLAVA_15_13B, 13_351_494_656),
     "1.6 Mistral 7B": (dataclasses.replace(LLAVA_15_7B, text=MISTRAL, image_newline=True), 7_566_747_648),
-    "1.6 34B": (dataclasses.replace(LLAVA_15_7B, text=YI, image_newline=True), 34_753_351_680),
+    "1.6 34B": (dataclasses.replace(LLAVA_15_7B, text=YI, image_newline=True), 34_752_083_968),
 }
 
 
