@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
+import threading
 import zlib
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
@@ -83,7 +85,7 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
     dataset = grain.MapDataset.source(reader).batch(len(reader.places)).to_iter_dataset(options)
     if num_workers:
         _parse_absl_flags()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _ignore_sigterm)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _follow_the_parent_alone)
     with _for_workers():
         batches = iter(dataset)
         first = next(batches, None)
@@ -96,10 +98,21 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
         batches.close()
 
 
-def _ignore_sigterm(worker: int, num_workers: int) -> None:
-    """Schedulers signal whole process groups; a run that is asked to stop still needs its next batches."""
+def _follow_the_parent_alone(worker: int, num_workers: int) -> None:
+    """Runs in a worker: it ends with the run, and does not listen to a scheduler that signals the whole group.
+
+    A run that is asked to stop still needs its next batches.
+    """
     del worker, num_workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _parse_absl_flags() -> None:

@@ -18,7 +18,12 @@ def only_run(workdir: str) -> Iterator[None]:
     if not processes.is_first():
         yield
         return
-    with Path(workdir, "lock").open("w") as file:
+    path = Path(workdir, "lock")
+    try:
+        path.touch()
+    except OSError as error:
+        raise CheckpointError(f"--workdir must be a folder that can be written; got {workdir!r}: {error}.") from None
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -143,7 +143,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
             stopping = stop.is_agreed(report.stop_votes)
             if state.step % config.checkpoint_every == 0 or is_last or stopping:
                 eval_loss = None
-                if held_out is not None and (is_last or state.step % config.life.eval_every == 0):
+                if held_out is not None and not stopping and (is_last or state.step % config.life.eval_every == 0):
                     eval_loss = held_out.loss(state.trainable, state.frozen)
                     clock.lap("eval")
                 report.flush(**({} if eval_loss is None else {"eval_loss": eval_loss}))

@@ -1,6 +1,7 @@
 """The held-out loss is that of its records, however they are packed; asking for it changes no step."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from llava_jax.train.config import apply_override, load_config
 from llava_jax.train.evaluation import check_evaluation
 from llava_jax.train.forecast import save_forecast
 from llava_jax.train.loop import data_needs
-from llava_jax.train.metrics import read_metrics
+from llava_jax.train.metrics import MetricsLog, read_metrics
 from llava_jax.train.objectives import Context
 from llava_jax.train.sharding import make_constrain, make_mesh
 from tests.train.runs import ROOT, STEPS, finish, story
@@ -100,3 +101,22 @@ def test_the_forecast_names_bytes_and_warns_of_a_short_grace(tmp_path: Path, mon
     assert "SHORTER" not in text
     monkeypatch.setattr("llava_jax.train.forecast.GRACE_SECONDS", 0.0)
     assert "SHORTER" in save_forecast(str(tmp_path), trees)
+
+
+def test_weights_and_biases_is_asked_for_by_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    MetricsLog(str(tmp_path), first_step=0).close()
+    with pytest.raises(UserError, match=r"pip install 'llava_jax\[wandb\]'"):
+        MetricsLog(str(tmp_path), first_step=0, wandb_project="llava")
+
+
+@pytest.mark.nightly
+def test_weights_and_biases_takes_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real package, offline."""
+    pytest.importorskip("wandb", reason="an extra of its own")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = MetricsLog(str(tmp_path), first_step=0, wandb_project="llava")
+    log.write(0, {"loss": 2.5, "records": "00"})
+    log.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert read_metrics(str(tmp_path)) == [{"step": 0, "loss": 2.5, "records": "00"}]
