@@ -186,6 +186,8 @@ def _open(arguments: argparse.Namespace):
 
     template = None if arguments.conv in (None, "raw") else arguments.conv
     model, processor = load(arguments.model, template=template)
+    if arguments.conv == "raw":
+        processor = dataclasses.replace(processor, template=None)
     return model, processor, read_images(arguments.image)
 
 

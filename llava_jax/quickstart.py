@@ -1,6 +1,7 @@
 """The main job at small size on real pictures: tower, alignment, tuning, evaluation, and a picture of the answers."""
 
 import collections
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import llava_jax
-from llava_jax.convert.card import ModelCard, read_card
+from llava_jax.convert.card import read_card
 from llava_jax.convert.folder import TOKENIZER, read_parameters, write_model_folder
 from llava_jax.data.easy_vqa import (
     Question,
@@ -94,8 +95,7 @@ def _write_data(data: Path, *, seed: int) -> None:
 def _export(root: Path) -> None:
     """The tuned model as a folder of its own."""
     tuned = root / "tune"
-    card = read_card(tuned)
-    card = ModelCard(model=card.model, template=card.template, image_mode=card.image_mode, label="easy-vqa quickstart")
+    card = dataclasses.replace(read_card(tuned), label="easy-vqa quickstart")
     write_model_folder(
         str(root / "model"),
         card,

@@ -18,12 +18,16 @@ _KINDS: dict[str, type] = {"llava": LlavaConfig, "clip": ClipConfig}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """Shapes, and how text and pictures were prepared in training; `template` is None where none was used."""
+    """Shapes, and how text and pictures were prepared in training; `template` is None where none was used.
+
+    `mm_use_im_start_end`: every picture stands between `<im_start>` and `<im_end>`.
+    """
 
     model: ModelConfig
     template: str | None
     image_mode: ImageMode
     label: str
+    mm_use_im_start_end: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.model, LlavaConfig):

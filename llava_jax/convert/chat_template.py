@@ -56,8 +56,6 @@ def template_of_original(config: Fields) -> str | None:
 
     Source: the choice of `eval/run_llava.py` of the original, made here from fields instead of the folder's name.
     """
-    if config.values.get("mm_use_im_start_end"):
-        return None
     if config.values.get("tune_mm_mlp_adapter"):
         return "plain"
     if "mistral" in str(config.values.get("model_type")):

@@ -57,8 +57,8 @@ class Checkpoint:
     """A model on disk.
 
     `model` is a part's shape where the checkpoint holds no more (a decoder, a tower); `image_mode` and `template`
-    are None where it does not say; `config` is its own config.json; `has_tower` is false where the tower was taken
-    from another folder; `notes` say what was done to read it.
+    are None where it does not say, `mm_use_im_start_end` is as in `ModelCard`; `config` is its own config.json;
+    `has_tower` is false where the tower was taken from another folder; `notes` say what was done to read it.
     """
 
     model: ModelConfig | TextConfig | VisionConfig
@@ -66,6 +66,7 @@ class Checkpoint:
     layout: str
     template: str | None = None
     image_mode: ImageMode | None = None
+    mm_use_im_start_end: bool = False
     label: str = ""
     tokens: SpecialTokens = SpecialTokens()
     tokenizer: Path | None = None
@@ -84,7 +85,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"Only a whole model can be written; this is {self.layout}. Name it in a config's init instead."
             )
-        return ModelCard(model=self.model, template=self.template, image_mode=self.image_mode, label=self.label)
+        return ModelCard(
+            model=self.model,
+            template=self.template,
+            image_mode=self.image_mode,
+            label=self.label,
+            mm_use_im_start_end=self.mm_use_im_start_end,
+        )
 
 
 def open_checkpoint(source: str, *, base: str | None = None, tower: str | None = None) -> Checkpoint:
@@ -142,6 +149,7 @@ def open_checkpoint(source: str, *, base: str | None = None, tower: str | None =
         case "original":
             values["image_mode"] = image_mode_of_original(fields)
             values["template"] = template_of_original(fields)
+            values["mm_use_im_start_end"] = fields.values.get("mm_use_im_start_end") is True
             values["layout"] = "LLaVA's own"
             if base is not None:
                 below = _open_base(base)
@@ -245,6 +253,7 @@ def _on_base(
         layout=layout,
         template=template,
         image_mode=mode,
+        mm_use_im_start_end=fields.values.get("mm_use_im_start_end") is True,
         tokens=special_tokens(fields),
         tokenizer=find_tokenizer(folder) or below.tokenizer,
         config=fields.values,
@@ -305,6 +314,7 @@ def _open_ours(folder: Path) -> Checkpoint:
         layout=layout,
         template=card.template,
         image_mode=card.image_mode,
+        mm_use_im_start_end=card.mm_use_im_start_end,
         label=card.label,
         tokens=special_tokens(Fields(config, str(folder / SOURCE_CONFIG))),
         tokenizer=find_tokenizer(folder / TOKENIZER),

@@ -98,7 +98,8 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         )
         _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
         _write_json(new / PROCESSOR, processor_fields(model, mode))
-        template = chat_template_json(checkpoint.template)
+        # No chat template of transformers frames a picture.
+        template = None if checkpoint.mm_use_im_start_end else chat_template_json(checkpoint.template)
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
             _add_tokens(new, added)
@@ -202,7 +203,7 @@ def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) 
         "mm_projector_type": model.projector,
         "mm_vision_select_layer": model.select_layer,
         "mm_vision_select_feature": model.select_feature,
-        "mm_use_im_start_end": kept.get("mm_use_im_start_end", False),
+        "mm_use_im_start_end": checkpoint.mm_use_im_start_end,
         "mm_use_im_patch_token": kept.get("mm_use_im_patch_token", False),
         **original_fields(checkpoint.image_mode or "square", has_newline=model.image_newline),
         # So that the original reads the tower from here rather than from where its name points.

@@ -108,12 +108,11 @@ class Conversations:
         images, layouts = self._open(record, needs)
         for image in images:
             image.close()
-        return Size(len(self.tokenize(record, layouts, needs).tokens), _num_tiles(layouts))
+        text = self.tokenize(record, layouts, needs)
+        return Size(len(text.tokens), _num_tiles(layouts[: _num_placed(text, layouts)]))
 
     def tokenize(self, record: Record, layouts: Sequence[Layout], needs: Needs) -> Tokenized:
         """Ids and answer mask of one record, cut to the row if the overflow policy says so."""
-        if _num_tiles(layouts) > self.tiles:
-            raise Refused("too many pictures", f"{_num_tiles(layouts)} tiles; a row has room for {self.tiles}")
         template = self.template.framed() if self.mm_use_im_start_end else self.template
         slots = [layout.num_slots for layout in layouts]
         if self.compat is None:
@@ -123,6 +122,9 @@ class Conversations:
                 template, record.turns, needs.tokenizer, slots, length=self.length, compat=self.compat
             )
         text = self.fit(text)
+        tiles = _num_tiles(layouts[: _num_placed(text, layouts)])
+        if tiles > self.tiles:
+            raise Refused("too many pictures", f"{tiles} tiles; a row has room for {self.tiles}")
         if not text.is_answer[1:].any():
             raise Refused("nothing to learn", "no answer token is left to train on")
         return text
@@ -142,8 +144,9 @@ class Conversations:
         del rng
         images, layouts = self._open(record, needs)
         text = self.tokenize(record, layouts, needs)
-        tiles = [cut_tiles(image, size=needs.image_size, mode=self.image_mode) for image in images]
-        return make_example(text, tiles, layouts, needs.image_size)
+        placed = _num_placed(text, layouts)
+        tiles = [cut_tiles(image, size=needs.image_size, mode=self.image_mode) for image in images[:placed]]
+        return make_example(text, tiles, layouts[:placed], needs.image_size)
 
     def _open(self, record: Record, needs: Needs) -> tuple[list[Image.Image], list[Layout]]:
         """The record's pictures, headers read, and the slots that they take."""
@@ -205,6 +208,12 @@ class Conversations:
 
 def _num_tiles(layouts: Sequence[Layout]) -> int:
     return sum(len(layout.patches) for layout in layouts)
+
+
+def _num_placed(text: Tokenized, layouts: Sequence[Layout]) -> int:
+    """How many of the pictures have a slot: under `compat` those without a mark and those cut away have none."""
+    starts = np.cumsum([0, *(layout.num_slots for layout in layouts)])[:-1]
+    return int((starts < np.count_nonzero(text.tokens == IMAGE_TOKEN)).sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

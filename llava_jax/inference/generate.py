@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import UserError
 from llava_jax.inference.model import Model, Processor, Prompt
+from llava_jax.inference.stopping import Keywords
 from llava_jax.models.llama import Cache, empty_cache
 from llava_jax.models.llava import Llava
 from llava_jax.models.parameters import Parameters, bind
@@ -83,7 +85,7 @@ class State(NamedTuple):
 def generate(
     model: Model, processor: Processor, prompts: Sequence[Prompt], sampling: Sampling, *, seeds: Sequence[int] = ()
 ) -> list[Answer]:
-    """Answers of all prompts; each is what the prompt gets alone.
+    """Answers of all prompts; each is what the prompt gets alone, up to what closes an answer in the template.
 
     `seeds` holds one integer per prompt (0 by default): a sampled answer depends on its own seed only.
     """
@@ -104,18 +106,19 @@ def stream(
     """Pieces of one answer's text as they come, and last the whole `Answer`."""
     ids: list[int] = []
     shown = ""
+    words = (*sampling.stop, *processor.keywords.keywords)
     finished = [False]
     for chunk in _decode(model, processor, [prompt], sampling, [seed], finished, chunk=1):
         ids += chunk[0]
-        text = _cut(processor.tokenizer.decode(ids), sampling.stop)[0]
+        text = _cut(processor.tokenizer.decode(ids), words)[0]
         # Bytes of an unfinished letter decode to a replacement mark, and a stop string may be on its way.
-        held = max((k for stop in sampling.stop for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
+        held = max((k for stop in words for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
         ready = text[: len(text) - held]
         if not text.endswith("\ufffd") and ready.startswith(shown) and len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
     answer = _answer(processor, prompt, ids, sampling, finished[0])
-    whole = _cut(processor.tokenizer.decode(ids), sampling.stop)[0].rstrip()
+    whole = _cut(processor.tokenizer.decode(ids), words)[0].rstrip()
     if whole.startswith(shown) and len(whole) > len(shown):
         yield whole[len(shown) :]
     yield answer
@@ -138,7 +141,9 @@ def _decode(
         raise UserError(f"There must be one seed per prompt; got {len(seeds)} seeds for {len(prompts)} prompts.")
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"A seed must be at least 0 and below 2**32; got {', '.join(map(str, seeds))}.")
-    chunk = min(chunk, CHUNK) if sampling.stop else chunk
+    keywords = processor.keywords
+    has_words = bool(sampling.stop or keywords.keywords)
+    chunk = min(chunk, CHUNK) if has_words else chunk
     inputs = pad_prompts(prompts)
     longest = int(inputs.lengths.max()) + sampling.max_new_tokens
     if longest > model.config.text.max_positions:
@@ -163,9 +168,9 @@ def _decode(
         for row in range(len(prompts)):
             ids = [] if rows_done[row] else _until_stop(new[row], stop_ids)
             ended = not rows_done[row] and len(ids) < new.shape[1]
-            if sampling.stop and not rows_done[row]:
+            if has_words and not rows_done[row]:
                 for n in range(1, len(ids) + 1):
-                    if _cut(processor.tokenizer.decode(texts[row] + ids[:n]), sampling.stop)[1]:
+                    if _is_closed(texts[row] + ids[:n], processor.tokenizer, sampling.stop, keywords):
                         ids, ended = ids[:n], True
                         break
             texts[row] += ids
@@ -322,7 +327,13 @@ def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(found)], True) if found else (text, False)
 
 
+def _is_closed(ids: list[int], tokenizer: Tokenizer, stop: tuple[str, ...], keywords: Keywords) -> bool:
+    return keywords.ends(ids) or (bool(stop) and _cut(tokenizer.decode(ids), stop)[1])
+
+
 def _answer(processor: Processor, prompt: Prompt, ids: list[int], sampling: Sampling, is_finished: bool) -> Answer:
-    text = _cut(processor.tokenizer.decode(ids), sampling.stop)[0].strip()
+    keywords = processor.keywords
+    text = _cut(processor.tokenizer.decode(ids), (*sampling.stop, *keywords.keywords))[0].strip()
+    ids = keywords.before(ids)
     reason = "stop" if is_finished else "length"
     return Answer(text=text, token_ids=ids, prompt_tokens=len(prompt.tokens), finish_reason=reason)

@@ -18,6 +18,7 @@ from llava_jax.data.rows import Example, make_example
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llava_jax.errors import CheckpointError, Refused, UserError
+from llava_jax.inference.stopping import Keywords
 from llava_jax.models.build import structure
 from llava_jax.models.parameters import Parameters
 from llava_jax.shapes import LlavaConfig
@@ -45,6 +46,13 @@ class Processor:
     image_mode: ImageMode
     image_size: int
     num_features: int
+
+    @property
+    def keywords(self) -> Keywords:
+        """What closes an answer in the template, where that is more than the token which ends every text."""
+        end = "" if self.template is None else self.template.ends[1]
+        is_token = not end or self.tokenizer.token_id(end) == self.tokenizer.eos_id
+        return Keywords(() if is_token else (end,), self.tokenizer)
 
     def ask(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
         """The conversation so far, open for the assistant's next answer."""
@@ -117,9 +125,12 @@ def load(
             f"the model {config.text.vocab_size}. Put the model's own tokenizer there."
         )
     name = template if template is not None else checkpoint.template
+    known = None if name is None else find_template(name)
+    if known is not None and checkpoint.mm_use_im_start_end:
+        known = known.framed()
     processor = Processor(
         tokenizer=tokenizer,
-        template=None if name is None else find_template(name),
+        template=known,
         image_mode=checkpoint.image_mode,
         image_size=config.vision.image_size,
         num_features=config.num_features,

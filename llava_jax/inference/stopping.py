@@ -24,3 +24,16 @@ class Keywords:
             return True
         text = self.tokenizer.decode(tokens[-self.width :]) if self.width else ""
         return any(keyword in text for keyword in self.keywords)
+
+    def before(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens without those of the keyword that ends them."""
+        kept = list(tokens)
+        for ids in self.ids:
+            if ids and kept[-len(ids) :] == ids:
+                return kept[: -len(ids)]
+        text = self.tokenizer.decode(kept)
+        ends = [text.find(keyword) for keyword in self.keywords if keyword in text]
+        # A token may hold the last letters of the answer and the first of the keyword: it stays.
+        while ends and kept and self.tokenizer.decode(kept[:-1]).startswith(text[: min(ends)]):
+            kept.pop()
+        return kept

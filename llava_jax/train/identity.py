@@ -1,5 +1,6 @@
 """Which run a workdir belongs to: written when it begins, compared when it goes on."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -33,12 +34,14 @@ def describe(config: TrainConfig, workdir: str) -> None:
     if not processes.is_first():
         return
     rows = config.data.rows
-    template = rows.template.name if isinstance(rows, Conversations) else None
     copy_tokenizer(config.data.tokenizer, Path(workdir, TOKENIZER))
     if rows.added_tokens:
         open_tokenizer(config.data.tokenizer, rows.added_tokens).save(Path(workdir, TOKENIZER))
     label = f"trained: {', '.join(config.trainable)}"
-    write_card(workdir, ModelCard(model=config.model, template=template, image_mode=rows.image_mode, label=label))
+    card = ModelCard(model=config.model, template=None, image_mode=rows.image_mode, label=label)
+    if isinstance(rows, Conversations):
+        card = dataclasses.replace(card, template=rows.template.name, mm_use_im_start_end=rows.mm_use_im_start_end)
+    write_card(workdir, card)
     temporary = Path(workdir, "config.json.tmp")
     temporary.write_text(json.dumps(flatten(config), indent=2) + "\n")
     os.replace(temporary, Path(workdir, "config.json"))

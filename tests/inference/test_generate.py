@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import PLAIN, TEMPLATES
 from llava_jax.errors import UserError
 from llava_jax.inference import generate as module
 from llava_jax.inference.generate import Answer, Sampling, generate, pad_prompts, restrict, sample, stream
@@ -173,6 +174,27 @@ def test_token_ids_end_with_the_stop_string_streamed_or_not(says: Says, processo
     (whole,) = generate(told, processor, [processor.raw("?", [])], sampling)
     assert processor.tokenizer.decode(streamed.token_ids) == "upEND"
     assert whole == streamed
+
+
+@pytest.mark.parametrize("end", ["\n", "#;"])
+def test_an_answer_ends_where_its_template_closes_it(says: Says, processor: Processor, end: str):
+    """The `###` of some templates is no token, and a model trained on them never says EOS."""
+    processor = dataclasses.replace(processor, template=dataclasses.replace(PLAIN, ends=("", end)))
+    model, prompt = says(f"ye{end}so"), processor.raw("?", [])
+    sampling = Sampling(max_new_tokens=30)
+    (answer,) = generate(model, processor, [prompt], sampling)
+    assert (answer.text, answer.finish_reason) == ("ye", "stop")
+    assert processor.tokenizer.decode(answer.token_ids) == "ye"
+    *pieces, streamed = stream(model, processor, prompt, sampling)
+    assert ("".join(map(str, pieces)), streamed) == ("ye", answer)
+    raw = dataclasses.replace(processor, template=None)
+    assert generate(model, raw, [prompt], sampling)[0].text == f"ye{end}so"
+
+
+def test_only_ends_that_are_no_eos_are_looked_for(processor: Processor):
+    assert processor.keywords.keywords == ()
+    hashes = dataclasses.replace(processor, template=TEMPLATES["llava_v0"])
+    assert hashes.keywords.keywords == ("###",)
 
 
 def test_a_row_that_stopped_does_not_stop_the_others(model: Model, processor: Processor, prompts: list[Prompt]):

@@ -14,6 +14,7 @@ from llava_jax.convert.folder import write_model_folder
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Turn
 from llava_jax.data.templates import PLAIN, V1
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.inference.generate import Sampling, generate
 from llava_jax.inference.model import Model, Processor, load, read_images
@@ -57,6 +58,18 @@ def test_a_loaded_model_answers_as_the_one_written(folder: Path, model: Model, p
     )
 
 
+def test_pictures_are_framed_if_the_card_says_so(model: Model, data: Path, tmp_path: Path):
+    card = ModelCard(model=SMALL, template="v1", image_mode="pad", label="test", mm_use_im_start_end=True)
+    open_tokenizer(str(data / "tokenizer"), ("<im_start>", "<im_end>")).save(tmp_path / "tokenizer")
+    write_model_folder(str(tmp_path / "m"), card, model.params, tokenizer=str(tmp_path / "tokenizer"), source="random")
+    for template in (None, "llava_v0"):
+        _, processor = load(str(tmp_path / "m"), template=template)
+        tokens = processor.ask([Turn("user", "Which?")], [RED]).tokens
+        first, last = np.flatnonzero(tokens == IMAGE_TOKEN)[[0, -1]]
+        known = [processor.tokenizer.token_id(name) for name in ("<im_start>", "<im_end>")]
+        assert [tokens[first - 1], tokens[last + 1]] == known
+
+
 def test_a_named_template_replaces_the_folders(folder: Path):
     assert load(str(folder), template="plain")[1].template is PLAIN
 
@@ -91,7 +104,7 @@ def test_a_folder_without_a_template_asks_for_one(copy: Path):
 
 def test_a_folder_without_its_tokenizer_is_refused(copy: Path):
     shutil.rmtree(copy / "tokenizer")
-    with pytest.raises(UserError, match=r"must hold tokenizer\.json"):
+    with pytest.raises(UserError, match=r"must come with its tokenizer; .* Put tokenizer\.json there"):
         load(str(copy))
 
 
