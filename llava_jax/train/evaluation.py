@@ -1,10 +1,10 @@
 """The loss on held-out records, measured while a run trains."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -13,6 +13,7 @@ from llava_jax.data.pipeline import RowReader, read_batches
 from llava_jax.data.plan import make_plan
 from llava_jax.data.rows import Needs
 from llava_jax.errors import UserError
+from llava_jax.models.build import structure
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
@@ -30,7 +31,6 @@ class HeldOut:
         needs: Needs,
         workdir: str,
         mesh: Mesh,
-        graphdef: nnx.GraphDef,
         context: Context,
         *,
         rows_per_step: int,
@@ -55,6 +55,10 @@ class HeldOut:
         self._reader = RowReader(
             index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=0, places=self._places
         )
+
+        # Dropout is for learning: here adapters see all of their inputs.
+        lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
+        graphdef, _ = structure(config.model, stacked=config.stacked, lora=lora)
 
         def sums(trainable: Parameters, frozen: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
             model = bind(graphdef, cast(trainable, config.compute_dtype) | cast(frozen, config.compute_dtype))

@@ -108,7 +108,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
     reader = RowReader(index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=state.step, places=places)
     held_out = None
     if config.life.eval_every is not None:
-        held_out = HeldOut(config, needs, workdir, mesh, layout.graphdef, context, rows_per_step=plan.rows_per_step)
+        held_out = HeldOut(config, needs, workdir, mesh, context, rows_per_step=plan.rows_per_step)
     clock.lap("start")
     report = Report(config, workdir, name, clock, first_step=state.step, num_steps=plan.num_steps)
     compiled = None

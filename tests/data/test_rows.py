@@ -13,7 +13,7 @@ from llava_jax.data.anyres import AnyRes, one_tile
 from llava_jax.data.conversation import IMAGE_MARK, IMAGE_TOKEN
 from llava_jax.data.records import Record, Turn, parse_record
 from llava_jax.data.rows import Augment, Captions, Conversations, Example, Needs, Size
-from llava_jax.data.templates import PLAIN, V1
+from llava_jax.data.templates import PLAIN, TEMPLATES, V1
 from llava_jax.errors import DataError, Refused
 from tests.tiny import make_example
 
@@ -375,12 +375,13 @@ def test_compat_original_cuts_through_pictures_and_ignores_those_without_a_mark(
     record, needs = sized((16, 16))
     hello = (Turn("user", "Hi."), Turn("assistant", "one"))
     reordered = Record(record.images, (*hello, *record.turns))
-    whole = _rows(length=4096).load(reordered, needs, RNG)
+    as_original = {"template": TEMPLATES["llava_v0"], "compat": "original"}
+    whole = _rows(length=4096, **as_original).load(reordered, needs, RNG)
     length = int(np.flatnonzero(whole.tokens == IMG)[5])
     with pytest.raises(Refused, match="would cut a picture"):
-        _rows(length=length, overflow="text").load(reordered, needs, RNG)
-    cut = _rows(length=length, compat="original").load(reordered, needs, RNG)
+        _rows(length=length, template=TEMPLATES["llava_v0"], overflow="text").load(reordered, needs, RNG)
+    cut = _rows(length=length, **as_original).load(reordered, needs, RNG)
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:length])
     np.testing.assert_array_equal(cut.patch_slots, np.where(whole.patch_slots < length, whole.patch_slots, -1))
-    row = _rows(length=length, compat="original").assemble([cut], needs)
+    row = _rows(length=length, **as_original).assemble([cut], needs)
     assert len(np.unique(row["patch_slots"])) == row["patch_slots"].size
