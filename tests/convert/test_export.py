@@ -19,7 +19,7 @@ from llava_jax.convert.weights import open_weights
 from llava_jax.data.anyres import AnyRes
 from llava_jax.data.records import Turn
 from llava_jax.data.templates import V1
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.inference.model import load
 from tests.convert.llavas import make_huggingface, numpy_of, original_config, rename, write_folder, write_tower
@@ -57,7 +57,7 @@ def test_transformers_loads_an_export_whole_and_computes_the_same(data: Path, tm
     tensors = rename(numpy_of(theirs.state_dict()), "original")
     write_tower(tmp_path / "clip", numpy_of(theirs.state_dict()))
     # A vocabulary without room for new tokens, as Llama's is.
-    size = Tokenizer(str(data / "tokenizer")).vocab_size
+    size = open_tokenizer(str(data / "tokenizer")).vocab_size
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[key] = tensors[key][:size]
     changed: dict[str, Any] = {"vocab_size": size}

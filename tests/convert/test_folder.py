@@ -259,4 +259,5 @@ def test_a_damaged_index_is_refused(tmp_path: Path, index: str):
 
 def test_cards_hold_all_that_a_shape_does():
     """A field that is added to a shape is written and asked for without another line of code."""
-    assert {field.name for field in dataclasses.fields(ModelCard)} == {"model", "template", "image_mode", "label"}
+    names = {"model", "template", "image_mode", "label", "mm_use_im_start_end"}
+    assert {field.name for field in dataclasses.fields(ModelCard)} == names

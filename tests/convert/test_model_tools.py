@@ -108,7 +108,7 @@ def test_rows_of_new_tokens_in_a_projector_file_are_used(folders: Path, tmp_path
     torch.save(keys | {"model.embed_tokens.weight": rows}, tmp_path / "m" / "mm_projector.bin")
     (tmp_path / "m" / "config.json").write_text(json.dumps(original_config(mm_use_im_start_end=True)))
     found = open_checkpoint(str(tmp_path / "m"), base=str(tmp_path / "base"))
-    assert found.template is None
+    assert (found.template, found.mm_use_im_start_end) == ("v1", True)
     np.testing.assert_array_equal(np.asarray(found.params["decoder.embed_tokens.embedding"])[-2:], rows.numpy())
 
 
