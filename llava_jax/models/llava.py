@@ -56,9 +56,14 @@ class Llava(nnx.Module):
         patch_slots: Int[Array, "b i p"],
         *,
         attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
     ) -> Float[Array, "b t d"]:
-        """Token embeddings with the pictures' features written over their slots."""
-        x = self.decoder.embed_tokens(tokens)
+        """Token embeddings with the pictures' features written over their slots.
+
+        The tower's tiles are constrained too: left alone, XLA runs the tower over the whole batch on every device.
+        """
+        x = constrain(self.decoder.embed_tokens(tokens))
         b, i, *pixels = images.shape
         if i == 0:
             return x
@@ -67,8 +72,10 @@ class Llava(nnx.Module):
             depth=self.config.tower_depth,
             select=self.config.select_feature,
             attend=attend,
+            constrain=constrain,
+            remat=remat,
         )
-        projected = self.projector(features)
+        projected = constrain(self.projector(features))
         return place_features(x, projected.reshape(b, i, *projected.shape[1:]), patch_slots)
 
     def __call__(
@@ -84,5 +91,5 @@ class Llava(nnx.Module):
         remat: Remat = None,
     ) -> Float[Array, "b t d"]:
         """Normed hidden states of packed rows; `decoder.head()` turns them into logits."""
-        x = self.embed(tokens, images, patch_slots, attend=attend)
+        x = self.embed(tokens, images, patch_slots, attend=attend, constrain=constrain, remat=remat)
         return self.decoder(x, positions, segment_ids, attend=attend, constrain=constrain, remat=remat)

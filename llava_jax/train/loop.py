@@ -21,17 +21,15 @@ from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.rows import Conversations, Needs
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import CheckpointError, NumericsError, Preempted, UserError
-from llava_jax.models.attention import attend_xla
 from llava_jax.shapes import LlavaConfig
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig, flatten
 from llava_jax.train.metrics import MetricsLog, Progress
-from llava_jax.train.objectives import Context
 from llava_jax.train.optim import make_optimizer, make_schedule
 from llava_jax.train.record import RunRecord
-from llava_jax.train.sharding import batch_sharding, make_constrain, make_mesh, num_batch_shards
+from llava_jax.train.sharding import batch_sharding, make_mesh, num_batch_shards
 from llava_jax.train.state import Layout, State, fresh_state, restored_state, saved_trees
-from llava_jax.train.step import make_step
+from llava_jax.train.step import jit_step
 
 # Batch entries that say what was read; the device has no use for them.
 HOST_ONLY = ("record_ids", "num_replaced")
@@ -46,7 +44,6 @@ MAY_CHANGE = (
     "data.records",
     "data.tokenizer",
 )
-REMAT = {"nothing": None, "everything": jax.checkpoint}
 
 
 def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
@@ -84,14 +81,6 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
         if state.step == plan.num_steps:
             return
 
-        run = make_step(
-            layout.graphdef,
-            config.objective,
-            optimizer,
-            context=Context(attend=attend_xla, constrain=make_constrain(mesh), remat=REMAT[config.remat]),
-            accumulation=config.accumulation,
-            compute_dtype=config.compute_dtype,
-        )
         reader = RowReader(
             index=index,
             plan=plan,
@@ -108,9 +97,7 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
             arguments = (state.trainable, state.frozen, state.opt_state, arrays)
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, (layout.memory[0], layout.memory[2]))
-                jitted = jax.jit(run, donate_argnums=(0, 2), out_shardings=(*shardings, None))
-                compiled = jitted.lower(*arguments).compile()
+                compiled = jit_step(layout, optimizer).lower(*arguments).compile()
             state.trainable, state.opt_state, metrics = compiled(*arguments)
             report.add(state.step, metrics, batch)
             state.step += 1

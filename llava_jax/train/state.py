@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from llava_jax.convert.folder import check_parameters, read_parameters
 from llava_jax.errors import UserError
@@ -16,7 +15,7 @@ from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
-from llava_jax.train.sharding import like_parameters, parameter_shardings
+from llava_jax.train.sharding import AnyMesh, like_parameters, parameter_shardings
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,7 +34,7 @@ class Layout:
     They differ when layers are stacked in memory; on disk layers are always apart.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
         self.config, self.mesh = config, mesh
         self.graphdef: nnx.GraphDef = structure(config.model, stacked=config.stacked)[0]
         self.parameters: Parameters = structure(config.model)[1]

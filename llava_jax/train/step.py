@@ -8,13 +8,51 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
+from llava_jax.models.attention import ATTENTION
+from llava_jax.models.layers import Remat
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train.objectives import Context, Objective, Sums
+from llava_jax.train.sharding import make_constrain
+from llava_jax.train.splash import make_attend
+from llava_jax.train.state import Layout
 
+# What a layer keeps for its backward pass, by what is computed again (`TrainConfig.remat`).
+_POLICIES = jax.checkpoint_policies
+REMAT: dict[str, Remat] = {
+    "nothing": None,
+    "elementwise": functools.partial(
+        jax.checkpoint,
+        policy=_POLICIES.save_from_both_policies(
+            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION)
+        ),
+    ),
+    "linear": functools.partial(jax.checkpoint, policy=_POLICIES.save_only_these_names(ATTENTION)),
+    "everything": jax.checkpoint,
+}
 Metrics = dict[str, Array]
 Step = Callable[[Parameters, Parameters, Any, Mapping[str, Array]], tuple[Parameters, Any, Metrics]]
+
+
+def jit_step(layout: Layout, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+    """The step of a config on its mesh: sharded, its state donated, ready to be lowered.
+
+    Training runs it and `llava-jax plan` compiles it for devices that are not there.
+    """
+    config, mesh = layout.config, layout.mesh
+    assert isinstance(mesh, Mesh), "a step is made for devices"
+    step = make_step(
+        layout.graphdef,
+        config.objective,
+        optimizer,
+        context=Context(attend=make_attend(mesh), constrain=make_constrain(mesh), remat=REMAT[config.remat]),
+        accumulation=config.accumulation,
+        compute_dtype=config.compute_dtype,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (layout.memory[0], layout.memory[2]))
+    return jax.jit(step, donate_argnums=(0, 2), out_shardings=(*shardings, None))
 
 
 def make_step(
