@@ -46,6 +46,22 @@ VICUNA_13B = TextConfig(
     sliding_window=None,
 )
 
+# NousResearch/Nous-Hermes-2-Yi-34B
+YI_34B = TextConfig(
+    vocab_size=64_000,
+    num_layers=60,
+    embed_dim=7168,
+    hidden_dim=20_480,
+    num_heads=56,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=5_000_000.0,
+    norm_eps=1e-5,
+    max_positions=4096,
+    tie_embeddings=False,
+    sliding_window=None,
+)
+
 # liuhaotian/llava-v1.5-7b and -13b
 LLAVA_15_7B = LlavaConfig(
     vision=CLIP_L_336, text=VICUNA_7B, projector="mlp2x_gelu", select_layer=-2, select_feature="patch"

@@ -18,7 +18,7 @@ HAS_COMPILER = find_spec("libtpu") is not None
 
 
 def _config(name: str, *overrides: str) -> TrainConfig:
-    """A published config with two layers of each kind: describing thirty-two takes seconds, and follows no other rule."""
+    """A config of the repository with fields replaced."""
     config = load_config(str(ROOT / "configs" / f"{name}.py"))
     for override in overrides:
         config = apply_override(config, override)
@@ -30,6 +30,7 @@ SHALLOW = ("model.text.num_layers=2", "model.vision.num_layers=2")
 
 @pytest.fixture(scope="module")
 def shallow() -> TrainConfig:
+    """Two layers of each kind: describing thirty-two takes seconds, and follows no other rule."""
     return _config("llava15_finetune_7b", *SHALLOW)
 
 

@@ -21,18 +21,6 @@ def make_layers(make: Callable[[], nnx.Module], num_layers: int, *, stacked: boo
     return make() if stacked else nnx.List([make() for _ in range(num_layers)])
 
 
-def _keeping_its_input(step: Callable[[Any, Carry], Carry]) -> Callable[[Any, Carry], Carry]:
-    """The step with its input, which is kept for the backward pass, held in the dtype that it says.
-
-    XLA for TPUs otherwise drops the rounding between two layers and keeps twice the bytes, in float32.
-    """
-
-    def kept(layer: Any, carry: Carry) -> Carry:
-        return step(layer, jax.lax.optimization_barrier(carry))
-
-    return kept
-
-
 def run_layers(
     layers: nnx.List | nnx.Module,
     carry: Carry,
@@ -42,7 +30,7 @@ def run_layers(
     remat: Remat = None,
 ) -> Carry:
     """Applies `step(layer, carry)` through the first `depth` layers (all of them by default)."""
-    wrapped = step if remat is None else _keeping_its_input(remat(step))
+    wrapped = step if remat is None else remat(step)
     if isinstance(layers, nnx.List):
         for layer in list(layers)[:depth]:
             carry = wrapped(layer, carry)

@@ -28,7 +28,7 @@ WIDE = LlavaConfig(
     select_layer=-2,
     select_feature="patch",
 )
-B, T, I = 2, 64, 1
+B, T, TILES = 2, 64, 1
 
 
 def _layout(trainable: tuple[str, ...], *, stacked: bool = False) -> Layout:
@@ -38,7 +38,11 @@ def _layout(trainable: tuple[str, ...], *, stacked: bool = False) -> Layout:
         init={"tower": "random", "projector": "random", "decoder": "random"},
         trainable=trainable,
         data=DataConfig(
-            records="", image_root="", tokenizer="", rows=Conversations(template=V1, length=T, tiles=I), batch_rows=B
+            records="",
+            image_root="",
+            tokenizer="",
+            rows=Conversations(template=V1, length=T, tiles=TILES),
+            batch_rows=B,
         ),
         optim=OptimConfig(learning_rate=1.0),
         compute_dtype="float32",
@@ -57,8 +61,8 @@ def _batch() -> dict[str, jax.ShapeDtypeStruct]:
         "segment_ids": tokens,
         "positions": tokens,
         "is_target": jax.ShapeDtypeStruct((B, T), jnp.bool_),
-        "images": jax.ShapeDtypeStruct((B, I, 16, 16, 3), jnp.uint8),
-        "patch_slots": jax.ShapeDtypeStruct((B, I, 16), jnp.int32),
+        "images": jax.ShapeDtypeStruct((B, TILES, 16, 16, 3), jnp.uint8),
+        "patch_slots": jax.ShapeDtypeStruct((B, TILES, 16), jnp.int32),
     }
 
 
@@ -67,16 +71,16 @@ def _parts() -> dict[str, int]:
     text, vision = WIDE.text, WIDE.vision
     d, f, e = text.embed_dim, text.hidden_dim, vision.embed_dim
     queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    tokens, patches = B * T, B * I * vision.num_patches
+    tokens, patches = B * T, B * TILES * vision.num_patches
     # Every tile has a class token besides its patches, and the last of the three layers is not used.
-    seen = B * I * (vision.num_patches + 1)
+    seen = B * TILES * (vision.num_patches + 1)
     return {
         "linear": text.num_layers * tokens * 2 * (d * (2 * queries + 2 * keys) + 3 * d * f),
         "attention": text.num_layers * B * 4 * T * T * queries // 2,
         "head": 2 * tokens * d * text.vocab_size,
         "projector": 2 * patches * (e * d + d * d),
         "tower": 2 * patches * 48 * e
-        + 2 * (2 * seen * (4 * e * e + 2 * e * vision.hidden_dim) + 4 * B * I * 17 * 17 * e),
+        + 2 * (2 * seen * (4 * e * e + 2 * e * vision.hidden_dim) + 4 * B * TILES * 17 * 17 * e),
     }
 
 
@@ -84,7 +88,7 @@ def test_flops_are_those_by_hand():
     parts = _parts()
     decoder = parts["linear"] + parts["attention"] + parts["head"]
     # The first projector layer has no gradient towards the tower, hence two thirds and not three.
-    first = 2 * B * I * 16 * 64 * 128
+    first = 2 * B * TILES * 16 * 64 * 128
     finetune = 3 * decoder + 3 * parts["projector"] - first + parts["tower"]
     assert model_flops(_layout(("projector", "decoder")), _batch()) == finetune
     # A frozen decoder passes gradients back to the pictures, and has none for its weights.
