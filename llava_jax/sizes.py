@@ -70,6 +70,11 @@ LLAVA_15_13B = LlavaConfig(
     vision=CLIP_L_336, text=VICUNA_13B, projector="mlp2x_gelu", select_layer=-2, select_feature="patch"
 )
 
+# liuhaotian/llava-v1.6-34b
+LLAVA_16_34B = LlavaConfig(
+    vision=CLIP_L_336, text=YI_34B, projector="mlp2x_gelu", select_layer=-2, select_feature="patch"
+)
+
 # The quickstart's tokenizer has at most this many tokens.
 QUICKSTART_VOCABULARY = 512
 QUICKSTART_VISION = VisionConfig(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
 # What attention computes, for remat policies that save it.
 ATTENTION = "attention"
 

@@ -216,7 +216,8 @@ NOWHERE = T + np.arange(I * N, dtype=np.int32).reshape(I, N)
 
 def batch(kind):
     segments = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
-    positions = np.stack([np.concatenate([np.arange(n) for n in np.unique(r, return_counts=True)[1]]) for r in segments])
+    lengths = [np.unique(row, return_counts=True)[1] for row in segments]
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
     slots = np.stack([1 + rng.permutation(T - 2)[:I * N].reshape(I, N) for _ in range(B)]).astype(np.int32)
     if kind == "text only":
         slots[:] = NOWHERE
