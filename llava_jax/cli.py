@@ -152,6 +152,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # The library lets one process at a time have the TPU; here nobody has one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from llava_jax.plan import as_text, plan
     from llava_jax.train.config import load_config
 

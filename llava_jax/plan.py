@@ -5,6 +5,8 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from importlib import metadata
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -85,14 +87,14 @@ def plan(config: TrainConfig, topology: str) -> Plan:
 
 
 def _tpu_devices(topology: str) -> list[Any]:
+    if find_spec("libtpu") is None:
+        raise UserError("The TPU compiler, libtpu, is not installed. Run: pip install 'llava-jax[plan]'.")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
-        # The library raises what its parts raise, whichever is missing.
-        text = str(error).splitlines()[0]
-        if "libtpu" in text.lower() or "plugin" in text.lower():
-            raise UserError(f"The TPU compiler is not installed: {text}. Run: pip install 'llava-jax[plan]'.") from None
-        raise UserError(f"--topology {topology!r} is none that the TPU compiler knows: {text}") from None
+        # The library raises what its parts raise.
+        text = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"The TPU compiler does not give --topology {topology!r}: {text}") from None
 
 
 def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
@@ -315,11 +317,10 @@ def _with(config: TrainConfig, overrides: tuple[str, ...]) -> TrainConfig:
 
 
 def _libtpu_version() -> str:
-    from importlib import metadata
-
     try:
         return metadata.version("libtpu")
     except metadata.PackageNotFoundError:
+        # On a TPU machine it may lie in the system and not among the packages.
         return "unknown"
 
 

@@ -254,7 +254,8 @@ def run(mesh, accumulation, stacked):
     )
     layout = Layout(config, keep, mesh)
     params, _, moments = layout.memory
-    arrays = stack_layers(values) if stacked else values
+    # On the host: a step is given its state, and what it is given is gone.
+    arrays = jax.device_get(stack_layers(values)) if stacked else values
     lie = lambda name: {n: v.sharding for n, v in name.items()}
     assert lie(params) == lie(moments)
     step = jit_step(layout, keep)

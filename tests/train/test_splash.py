@@ -42,14 +42,14 @@ def test_splash_is_plain_attention_with_its_gradient(splash: Attend):
     scope, used = _scope(), (SEGMENTS > 0)[..., None, None]
 
     def total(attend: Attend, q, k, v):
-        return (jnp.where(used, attend(q, k, v, scope), 0.0) ** 2).sum()
+        mixed = jnp.where(used, attend(q, k, v, scope), 0.0)
+        return (mixed**2).sum(), mixed
 
-    for argnums in (0, 1, 2):
-        found, expected = (jax.grad(total, argnums + 1)(attend, q, k, v) for attend in (splash, attend_xla))
+    run = jax.jit(jax.grad(total, (1, 2, 3), has_aux=True), static_argnums=0)
+    for found, expected in zip(
+        *(jax.tree.leaves(run(attend, q, k, v)) for attend in (splash, attend_xla)), strict=True
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(
-        np.where(used, splash(q, k, v, scope), 0), np.where(used, attend_xla(q, k, v, scope), 0), atol=1e-5
-    )
 
 
 def test_a_window_reaches_as_far_as_in_plain_attention(splash: Attend):
@@ -67,7 +67,7 @@ def test_no_derivative_crosses_a_segment(splash: Attend):
     def outputs(q, k, v):
         return jnp.where(second, splash(q, k, v, _scope()), 0.0).sum()
 
-    for gradient in jax.grad(outputs, (0, 1, 2))(q, k, v):
+    for gradient in jax.jit(jax.grad(outputs, (0, 1, 2)))(q, k, v):
         assert not np.where(second, 0.0, gradient).any()
         assert np.where(second, gradient, 0.0).any()
 
@@ -101,6 +101,7 @@ print(text.count("tpu_custom_call"), "2048,2048]" in text)
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
 def test_the_kernel_compiles_for_a_tpu_at_the_size_of_training():
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=ROOT,
