@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--set", action="append", default=[], metavar="a.b=value")
     check.set_defaults(run=_check_data)
 
+    plan = commands.add_parser("plan", help="say whether a config fits a topology, and the least that a step costs")
+    plan.add_argument("--config", required=True, metavar="FILE")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p:4x4x8 or h100:8")
+    plan.add_argument("--set", action="append", default=[], metavar="a.b=value")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
+
     generate = commands.add_parser("generate", help="answer one prompt")
     _add_request(generate)
     generate.add_argument("--prompt", required=True)
@@ -179,6 +186,21 @@ def _check_data(arguments: argparse.Namespace) -> None:
     refused = check_records(config.data.records, config.data.rows, data_needs(config))
     if refused:
         raise DataError(f"{sum(map(len, refused.values()))} records were refused; mend or remove them.")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    # The TPU compiler runs here without a TPU; unless told so, it looks for one and complains.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # The library lets one process at a time have the TPU; here nobody has one.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from llava_jax.plan import as_text, plan
+    from llava_jax.train.config import load_config
+
+    result = plan(load_config(arguments.config, tuple(arguments.set)), arguments.topology)
+    print(json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else as_text(result))
 
 
 def _open(arguments: argparse.Namespace):

@@ -53,6 +53,23 @@ VICUNA_13B = TextConfig(
     sliding_window=None,
 )
 
+# NousResearch/Nous-Hermes-2-Yi-34B
+YI_34B = TextConfig(
+    vocab_size=64_000,
+    num_layers=60,
+    embed_dim=7168,
+    hidden_dim=20_480,
+    num_heads=56,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=5_000_000.0,
+    rope_scaling=None,
+    norm_eps=1e-5,
+    max_positions=4096,
+    tie_embeddings=False,
+    sliding_window=None,
+)
+
 # liuhaotian/llava-v1.5-7b and -13b
 LLAVA_15_7B = LlavaConfig(
     vision=CLIP_L_336,
@@ -72,6 +89,9 @@ LLAVA_V1_7B = dataclasses.replace(
     projector="linear",
 )
 LLAVA_V1_13B = dataclasses.replace(LLAVA_V1_7B, text=dataclasses.replace(VICUNA_13B, norm_eps=1e-6, max_positions=2048))
+
+# liuhaotian/llava-v1.6-34b
+LLAVA_16_34B = dataclasses.replace(LLAVA_15_7B, text=YI_34B, image_newline=True)
 
 # The quickstart's tokenizer has at most this many tokens.
 QUICKSTART_VOCABULARY = 512

@@ -20,6 +20,8 @@ PACKAGE = ROOT / "llava_jax"
 LEVELS = {
     "errors": 0,
     "shapes": 0,
+    "chips": 0,
+    "collectives": 0,
     "sizes": 1,
     "models": 1,
     "data": 1,
@@ -27,8 +29,10 @@ LEVELS = {
     "drawing": 3,
     "train": 3,
     "inference": 3,
+    "footprint": 4,
     "quickstart": 4,
-    "cli": 5,
+    "plan": 5,
+    "cli": 6,
 }
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -151,7 +155,7 @@ def test_importing_the_package_is_quick_and_pulls_nothing_heavy():
 
 def test_help_is_quick_and_names_every_command():
     seconds, printed = _seconds("-m", "llava_jax.cli", "--help")
-    for command in ("quickstart", "train", "data", "generate", "chat", "score"):
+    for command in ("quickstart", "train", "data", "plan", "generate", "chat", "score"):
         assert command in printed
     assert seconds < 1
 

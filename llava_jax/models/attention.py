@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# What attention computes, for remat policies that save it.
+ATTENTION = "attention"
+
 
 class Scope(NamedTuple):
     """Which keys each query may see; a field left None does not restrict.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from llava_jax.models.attention import Attend, Scope, attend_xla
+from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
 from llava_jax.models.layers import Remat, make_layers, run_layers
 from llava_jax.shapes import Activation, CaptionConfig, ClipConfig, FeatureSelect, VisionConfig
 
@@ -109,6 +109,7 @@ class ClipTower(nnx.Module):
         *,
         depth: int | None = None,
         attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
         remat: Remat = None,
     ) -> Float[Array, "n p e"]:
         """The hidden state after `depth` layers (all of them by default), class token first, no post-norm."""
@@ -119,8 +120,11 @@ class ClipTower(nnx.Module):
         patches = self.patch_embedding(pixels.swapaxes(2, 3).reshape(n, rows * columns, size * size * 3))
         classes = jnp.broadcast_to(self.class_embedding[...], (n, 1, patches.shape[-1]))
         x = jnp.concatenate([classes, patches], axis=1) + self.position_embedding[...][None]
-        x = self.pre_layernorm(x)
-        return run_layers(self.layers, x, lambda layer, x: layer(x, Scope(), attend), depth=depth, remat=remat)
+
+        def step(layer: ClipLayer, x: Float[Array, "n p e"]) -> Float[Array, "n p e"]:
+            return constrain(layer(x, Scope(), attend))
+
+        return run_layers(self.layers, constrain(self.pre_layernorm(x)), step, depth=depth, remat=remat)
 
     def features(
         self,
@@ -129,10 +133,11 @@ class ClipTower(nnx.Module):
         depth: int,
         select: FeatureSelect,
         attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
         remat: Remat = None,
     ) -> Float[Array, "n p e"]:
         """What LLaVA reads: the hidden state after `depth` layers, with (`cls_patch`) or without the class token."""
-        hidden = self.hidden(images, depth=depth, attend=attend, remat=remat)
+        hidden = self.hidden(images, depth=depth, attend=attend, constrain=constrain, remat=remat)
         return hidden if select == "cls_patch" else hidden[:, 1:]
 
     def pooled(self, images: UInt8[Array, "n height width 3"], *, attend: Attend = attend_xla) -> Float[Array, "n e"]:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
+from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
 from llava_jax.models.layers import Remat, make_layers, run_layers
 from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 
@@ -112,7 +113,9 @@ class Attention(nnx.Module):
                 cache.v.at[rows, scope.query_positions].set(v.astype(cache.v.dtype), mode="drop"),
             )
             k, v = cache
-        return self.o_proj(attend(q, k, v, scope).reshape(b, t, -1)), cache
+        # The name lets a remat policy keep the result; kernels name what else their gradient needs.
+        mixed = checkpoint_name(attend(q, k, v, scope), ATTENTION)
+        return self.o_proj(mixed.reshape(b, t, -1)), cache
 
 
 class Mlp(nnx.Module):

@@ -60,10 +60,14 @@ class Llava(nnx.Module):
         is_newline: Bool[Array, "b t"] | None = None,
         *,
         attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
         remat: Remat = None,
     ) -> Float[Array, "b t d"]:
-        """Token embeddings with the pictures' features and newlines written over their slots."""
-        x = self.decoder.embed_tokens(tokens)
+        """Token embeddings with the pictures' features and newlines written over their slots.
+
+        The tower's tiles are constrained too: left alone, XLA runs the tower over the whole batch on every device.
+        """
+        x = constrain(self.decoder.embed_tokens(tokens))
         b, i, *pixels = images.shape
         if i == 0:
             return x
@@ -75,9 +79,10 @@ class Llava(nnx.Module):
             depth=self.config.tower_depth,
             select=self.config.select_feature,
             attend=attend,
+            constrain=constrain,
             remat=remat,
         )
-        projected = self.projector(features)
+        projected = constrain(self.projector(features))
         return place_features(x, projected.reshape(b, i, *projected.shape[1:]), patch_slots)
 
     def __call__(
@@ -94,5 +99,5 @@ class Llava(nnx.Module):
         remat: Remat = None,
     ) -> Float[Array, "b t d"]:
         """Normed hidden states of packed rows; `decoder.head()` turns them into logits."""
-        x = self.embed(tokens, images, patch_slots, is_newline, attend=attend, remat=remat)
+        x = self.embed(tokens, images, patch_slots, is_newline, attend=attend, constrain=constrain, remat=remat)
         return self.decoder(x, positions, segment_ids, attend=attend, constrain=constrain, remat=remat)

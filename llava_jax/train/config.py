@@ -50,11 +50,12 @@ class OptimConfig:
 
     The defaults are those of the original's scripts and of the transformers Trainer under them, but for
     `clip_norm`, which its DeepSpeed configs leave out. `part_learning_rates` overrides the rate of parts of the
-    model, as `mm_projector_lr` does.
+    model, as `mm_projector_lr` does. `moments` is how Adam's are held between steps; bfloat16 halves their memory.
     """
 
     learning_rate: float
     part_learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    moments: Literal["float32", "bfloat16"] = "float32"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
@@ -128,8 +129,9 @@ class TrainConfig:
 
     `init`: where each part of the model starts, a folder (Hugging Face, model folder or workdir) or `random`;
     `trainable`: the parts that learn, the others get neither gradients nor moments; `stacked`: whether layers
-    are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again;
-    `lora`: the decoder learns through adapters, its own parameters are frozen.
+    are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again:
+    `elementwise` keeps the results of linear layers and attention, `linear` those of attention, `everything` only
+    what enters each layer; `lora`: the decoder learns through adapters, its own parameters are frozen.
     """
 
     model: ModelConfig
@@ -143,7 +145,7 @@ class TrainConfig:
     accumulation: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     stacked: bool = False
-    remat: Literal["nothing", "everything"] = "nothing"
+    remat: Literal["nothing", "elementwise", "linear", "everything"] = "nothing"
     lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     life: LifeConfig = LifeConfig()

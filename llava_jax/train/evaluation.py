@@ -17,9 +17,8 @@ from llava_jax.models.build import structure
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
-from llava_jax.train.objectives import Context
 from llava_jax.train.sharding import process_places, to_devices
-from llava_jax.train.step import TALLIED, cast
+from llava_jax.train.step import TALLIED, cast, make_context
 
 
 class HeldOut:
@@ -31,7 +30,6 @@ class HeldOut:
         needs: Needs,
         workdir: str,
         mesh: Mesh,
-        context: Context,
         *,
         rows_per_step: int,
     ):
@@ -59,6 +57,8 @@ class HeldOut:
         # Dropout is for learning: here adapters see all of their inputs.
         lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
         graphdef, _ = structure(config.model, stacked=config.stacked, lora=lora)
+
+        context = make_context(config, mesh)
 
         def sums(trainable: Parameters, frozen: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
             model = bind(graphdef, cast(trainable, config.compute_dtype) | cast(frozen, config.compute_dtype))

@@ -4,10 +4,6 @@ import contextlib
 import functools
 from pathlib import Path
 
-import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
 from llava_jax.data.images import check_mode
 from llava_jax.data.index import Index, check_refusals, load_index
 from llava_jax.data.pipeline import RowReader, read_batches
@@ -15,7 +11,6 @@ from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.rows import Needs
 from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError, Preempted, UserError
-from llava_jax.models.attention import attend_xla
 from llava_jax.shapes import LlavaConfig
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
@@ -26,17 +21,14 @@ from llava_jax.train.goodput import Clock
 from llava_jax.train.identity import check_same_run, describe
 from llava_jax.train.lock import only_run
 from llava_jax.train.metrics import Report
-from llava_jax.train.objectives import Context
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.profiling import Profiler
 from llava_jax.train.record import RunRecord
-from llava_jax.train.sharding import make_constrain, make_mesh, num_batch_shards, process_places, to_devices
+from llava_jax.train.sharding import make_mesh, num_batch_shards, process_places, to_devices
 from llava_jax.train.state import Layout, State, fresh_state, resumed_state, saved_trees
-from llava_jax.train.step import make_step, tallied
+from llava_jax.train.step import jit_step
 from llava_jax.train.stop import Stop
 from llava_jax.train.watchdog import Watchdog
-
-REMAT = {"nothing": None, "everything": jax.checkpoint}
 
 
 def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
@@ -93,22 +85,11 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
     if processes.is_first():
         print(f"{name}: {save_forecast(workdir, (state.trainable, state.opt_state))}", flush=True)
 
-    context = Context(attend=attend_xla, constrain=make_constrain(mesh), remat=REMAT[config.remat])
-    step = make_step(
-        layout.graphdef,
-        config.objective,
-        optimizer,
-        context=context,
-        accumulation=config.accumulation,
-        compute_dtype=config.compute_dtype,
-        bound=layout.bound,
-        seed=config.seed,
-    )
     places = process_places(mesh, plan.rows_per_step)
     reader = RowReader(index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=state.step, places=places)
     held_out = None
     if config.life.eval_every is not None:
-        held_out = HeldOut(config, needs, workdir, mesh, context, rows_per_step=plan.rows_per_step)
+        held_out = HeldOut(config, needs, workdir, mesh, rows_per_step=plan.rows_per_step)
     clock.lap("start")
     report = Report(config, workdir, name, clock, first_step=state.step, num_steps=plan.num_steps)
     compiled = None
@@ -124,11 +105,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
             arguments = (state.trainable, state.frozen, state.opt_state, arrays, stop.votes(mesh))
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, (layout.memory[0], layout.memory[2]))
-                jitted = jax.jit(
-                    tallied(step), donate_argnums=(0, 2), out_shardings=(*shardings, NamedSharding(mesh, P()))
-                )
-                compiled = jitted.lower(*arguments).compile()
+                compiled = jit_step(layout, optimizer).lower(*arguments).compile()
                 stop.start_stepping()
                 clock.lap("start")
             profiler.before(state.step)

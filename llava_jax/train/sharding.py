@@ -1,18 +1,20 @@
 """Which device holds what: the mesh, one table from parameter path to axes, and the layout of activations."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import Constrain
 from llava_jax.train.config import MeshConfig
 
+# A plan's devices may be counted without being there.
+AnyMesh = Mesh | AbstractMesh
 # A batch's rows are spread over both; parameters over `fsdp` and `tensor`.
 BATCH_AXES = ("data", "fsdp")
 
@@ -44,11 +46,17 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, with the compiler choosing layouts between our constraints."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (by default all), with the compiler choosing layouts between our constraints."""
+    sizes = mesh_sizes(config, len(jax.devices() if devices is None else devices))
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Devices along each axis; refuses a mesh that does not use all of them."""
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    num_devices = len(jax.devices())
     taken = 1
     for size in sizes.values():
         taken *= max(size, 1)
@@ -66,7 +74,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         )
     if free:
         sizes[free[0]] = num_devices // taken
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return sizes
 
 
 def partition(name: str, shape: tuple[int, ...]) -> P:
@@ -81,7 +89,7 @@ def partition(name: str, shape: tuple[int, ...]) -> P:
     return P(None, *specs[0]) if is_stack else specs[0]
 
 
-def parameter_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(params: Mapping[str, Any], mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Shardings of parameters by path; refuses dimensions that an axis does not divide, all of them at once."""
     specs = {name: partition(name, value.shape) for name, value in params.items()}
     problems = [
@@ -99,7 +107,7 @@ def parameter_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Name
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
-def like_parameters(tree: Any, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+def like_parameters(tree: Any, shardings: Mapping[str, NamedSharding], mesh: AnyMesh) -> Any:
     """Shardings of an optimizer state: what has a parameter's path lies as that parameter, scalars everywhere."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -109,12 +117,12 @@ def like_parameters(tree: Any, shardings: Mapping[str, NamedSharding], mesh: Mes
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows over the batch axes, everything else whole."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: AnyMesh) -> int:
     """How many equal parts the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from llava_jax.convert.arrays import place
 from llava_jax.convert.folder import check_parameters, read_part
@@ -22,7 +21,7 @@ from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
-from llava_jax.train.sharding import like_parameters, parameter_shardings
+from llava_jax.train.sharding import AnyMesh, like_parameters, parameter_shardings
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,7 +40,7 @@ class Layout:
     They differ when layers are stacked in memory; on disk layers are always apart.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+    def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
         self.config, self.mesh = config, mesh
         # All that the model is bound to in a step: its parameters in memory, and the keys of its dropout.
         self.graphdef, self.bound = structure(config.model, stacked=config.stacked, lora=config.lora)

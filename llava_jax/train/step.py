@@ -9,16 +9,64 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
+from llava_jax.models.attention import ATTENTION
+from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
 from llava_jax.models.parameters import Parameters, bind
+from llava_jax.train.config import TrainConfig
 from llava_jax.train.objectives import Context, Objective, Sums
+from llava_jax.train.sharding import batch_sharding, make_constrain
+from llava_jax.train.splash import make_attend
+from llava_jax.train.state import Layout
 
 # Batch entries that no objective sees.
 TALLIED = ("checksum", "num_replaced")
+
+# What a layer keeps for its backward pass, by what is computed again (`TrainConfig.remat`).
+_POLICIES = jax.checkpoint_policies
+REMAT: dict[str, Remat] = {
+    "nothing": None,
+    "elementwise": functools.partial(
+        jax.checkpoint,
+        policy=_POLICIES.save_from_both_policies(
+            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION)
+        ),
+    ),
+    "linear": functools.partial(jax.checkpoint, policy=_POLICIES.save_only_these_names(ATTENTION)),
+    "everything": jax.checkpoint,
+}
 Metrics = dict[str, Array]
 Step = Callable[[Parameters, Parameters, Any, Mapping[str, Array]], tuple[Parameters, Any, Metrics]]
+
+
+def jit_step(layout: Layout, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+    """The tallied step of a config on its mesh: sharded, its state donated, ready to be lowered.
+
+    Training runs it and `llava-jax plan` compiles it for devices that are not there.
+    """
+    config, mesh = layout.config, layout.mesh
+    assert isinstance(mesh, Mesh), "a step is made for devices"
+    step = make_step(
+        layout.graphdef,
+        config.objective,
+        optimizer,
+        context=make_context(config, mesh),
+        accumulation=config.accumulation,
+        compute_dtype=config.compute_dtype,
+        bound=layout.bound,
+        seed=config.seed,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (layout.memory[0], layout.memory[2]))
+    return jax.jit(tallied(step), donate_argnums=(0, 2), out_shardings=(*shardings, NamedSharding(mesh, P())))
+
+
+def make_context(config: TrainConfig, mesh: Mesh) -> Context:
+    """What an objective is given on these devices."""
+    return Context(attend=make_attend(mesh), constrain=make_constrain(mesh), remat=REMAT[config.remat])
 
 
 def make_step(
@@ -107,6 +155,16 @@ def _accumulate(
         return jax.tree.map(jnp.add, total, compute(*x)), None
 
     return jax.lax.scan(body, zeros, (micro_batches, keys))[0]
+
+
+def abstract_tallies(mesh: Mesh, num_rows: int) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """What `tallied` needs besides a step's rows: entries of the batch, and the votes of the devices."""
+    rows = batch_sharding(mesh)
+    entries = {
+        name: jax.ShapeDtypeStruct((num_rows,), dtype, sharding=rows)
+        for name, dtype in zip(TALLIED, (jnp.uint32, jnp.int32), strict=True)
+    }
+    return entries, jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
 
 
 def tallied(step: Step) -> Callable[..., tuple[Parameters, Any, Metrics]]:

@@ -1,0 +1,37 @@
+"""What makers publish of their chips: memory, peak speed, bandwidth."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Peaks of one device as JAX counts devices: dense bfloat16 FLOP/s, bytes/s of memory, bytes/s that come in.
+
+    `link` is all links of a device together, one direction.
+    """
+
+    hbm_bytes: int
+    flops: float
+    memory: float
+    link: float
+
+
+# cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x. A tpu7x chip is two devices, so its figures are halved. Where
+# the pages give two link speeds, it is the faster: a bound may be too low, never too high.
+TPUS = {
+    "v4": Chip(hbm_bytes=32 * GIB, flops=275e12, memory=1228e9, link=300e9),
+    "v5e": Chip(hbm_bytes=16 * GIB, flops=197e12, memory=819e9, link=200e9),
+    "v5p": Chip(hbm_bytes=95 * GIB, flops=459e12, memory=2765e9, link=600e9),
+    "v6e": Chip(hbm_bytes=32 * GIB, flops=918e12, memory=1640e9, link=448e9),
+    "tpu7x": Chip(hbm_bytes=96 * GIB, flops=1153.5e12, memory=3690e9, link=600e9),
+}
+# NVIDIA's data sheets, SXM where there is one: bfloat16 without sparsity, NVLink (PCIe for the 4090) one way.
+GPUS = {
+    "a100-40gb": Chip(hbm_bytes=40 * GIB, flops=312e12, memory=1555e9, link=300e9),
+    "a100-80gb": Chip(hbm_bytes=80 * GIB, flops=312e12, memory=2039e9, link=300e9),
+    "h100": Chip(hbm_bytes=80 * GIB, flops=989.4e12, memory=3350e9, link=450e9),
+    "h200": Chip(hbm_bytes=141 * 10**9, flops=989.4e12, memory=4800e9, link=450e9),
+    "4090": Chip(hbm_bytes=24 * GIB, flops=165.2e12, memory=1008e9, link=32e9),
+}

@@ -1,0 +1,353 @@
+"""Whether a config fits devices that are not here, and the least that a step of it must cost."""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh
+
+from llava_jax.chips import GIB, GPUS, TPUS, Chip
+from llava_jax.collectives import Collective, read_collectives
+from llava_jax.data.rows import Needs
+from llava_jax.errors import UserError
+from llava_jax.footprint import estimate, shard_bytes
+from llava_jax.shapes import LlavaConfig
+from llava_jax.train.config import TrainConfig, apply_override
+from llava_jax.train.flops import CONVENTION, executed_flops, model_flops
+from llava_jax.train.optim import make_optimizer
+from llava_jax.train.sharding import batch_sharding, make_mesh, mesh_sizes, num_batch_shards
+from llava_jax.train.state import Layout
+from llava_jax.train.step import REMAT, abstract_tallies, jit_step
+
+# Neither the memory nor the time of a step depends on how many of them there are.
+NUM_STEPS = 1000
+# Compilations that the search for something that fits may take.
+MAX_TRIES = 4
+
+
+class Job(NamedTuple):
+    """A config on devices: what its step is compiled from."""
+
+    config: TrainConfig
+    layout: Layout
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch["tokens"].shape[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step of a config takes on a topology; bytes are those of one device, FLOPs those of the whole job."""
+
+    topology: str
+    num_devices: int
+    mesh: dict[str, int]
+    method: str
+    fits: bool
+    bytes_per_chip: dict[str, int]
+    hbm_bytes: int
+    batch: dict[str, int]
+    flops: int
+    executed_flops: int
+    collectives: list[dict[str, Any]]
+    step_seconds_lower_bound: dict[str, float]
+    mfu_ceiling: float
+    assumptions: list[str]
+    suggestion: dict[str, Any] | None
+
+
+def plan(config: TrainConfig, topology: str) -> Plan:
+    """Compiles the train step for a TPU topology such as `v5e:16x16`, or tabulates it for GPUs such as `h100:8`.
+
+    Raises:
+      UserError: an unknown topology, a mesh or batch that does not divide, or libtpu is not installed.
+    """
+    kind, _, size = topology.lower().partition(":")
+    if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
+        return _tabulate(_job(config, int(size)), topology, GPUS[kind])
+    if kind in TPUS and re.fullmatch(r"\d+(x\d+)+", size):
+        chip, devices = TPUS[kind], _tpu_devices(topology.lower())
+        result = _compile(_job(config, devices), topology, chip)
+        if result.fits:
+            return result
+        return dataclasses.replace(result, suggestion=_suggest(config, devices, topology, chip))
+    known = ", ".join([f"{name}:4x4" for name in TPUS] + [f"{name}:8" for name in GPUS])
+    raise UserError(f"--topology must be like one of {known} (any size); got {topology!r}.")
+
+
+def _tpu_devices(topology: str) -> list[Any]:
+    if find_spec("libtpu") is None:
+        raise UserError("The TPU compiler, libtpu, is not installed. Run: pip install 'llava-jax[plan]'.")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        # The library raises what its parts raise.
+        text = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"The TPU compiler does not give --topology {topology!r}: {text}") from None
+
+
+def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
+    """What is planned, on devices that a compiler knows or on a number of those that are only counted."""
+    try:
+        if isinstance(devices, int):
+            sizes = mesh_sizes(config.mesh, devices)
+            mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        else:
+            mesh = make_mesh(config.mesh, devices)
+        layout = Layout(config, make_optimizer(config.optim, NUM_STEPS), mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    sharding = batch_sharding(mesh)
+    rows = _num_rows(config, num_batch_shards(mesh))
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=sharding)
+        for name, value in _empty_row(config).items()
+    }
+    return Job(config, layout, batch)
+
+
+def _num_rows(config: TrainConfig, shards: int) -> int:
+    """Rows of a step: as configured, or one per record, rounded up so that all devices have the same number."""
+    multiple = shards * config.accumulation
+    if config.data.batch_rows is None:
+        assert config.data.batch_records is not None
+        return math.ceil(config.data.batch_records / multiple) * multiple
+    if config.data.batch_rows % multiple:
+        raise UserError(
+            f"data.batch_rows must be a multiple of devices that share a batch x accumulation, {shards} x "
+            f"{config.accumulation}; got {config.data.batch_rows}. Change it, mesh.tensor or accumulation."
+        )
+    return config.data.batch_rows
+
+
+def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
+    model = config.model
+    slots = model.num_features if isinstance(model, LlavaConfig) else model.vision.num_patches
+    # A row without examples asks its tokenizer for nothing but the id that fills it.
+    tokenizer: Any = SimpleNamespace(eos_id=0)
+    needs = Needs(tokenizer=tokenizer, image_root="", image_size=model.vision.image_size, num_features=slots)
+    return config.data.rows.assemble([], needs)
+
+
+def _compile(job: Job, topology: str, chip: Chip) -> Plan:
+    """The plan as the TPU compiler finds it."""
+    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS))
+    tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
+    arguments = shard_bytes((job.layout.memory, job.batch))
+    try:
+        compiled = step.lower(*job.layout.memory, job.batch | tallies, votes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        if used is None:
+            raise
+        total, usable = (int(float(used[i]) * 1024 ** "_KMGT".index(used[i + 1])) for i in (1, 3))
+        size = {"arguments": arguments, "total": total, "headroom": usable - total}
+        return _report(job, topology, chip, fits=False, size=size, collectives=[])
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    total = sum(parts.values()) - 2 * parts["aliased"]
+    size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
+    collectives = read_collectives(compiled.as_text(), dict(job.layout.mesh.shape))
+    return _report(job, topology, chip, fits=True, size=size, collectives=collectives)
+
+
+def _report(
+    job: Job, topology: str, chip: Chip, *, fits: bool, size: dict[str, int], collectives: list[Collective]
+) -> Plan:
+    config, mesh = job.config, job.layout.mesh
+    flops = model_flops(job.layout, job.batch)
+    executed = executed_flops(job.layout, job.batch, REMAT[config.remat])
+    # State is read and written once at the least, and so is what the batch brings.
+    touched = size["arguments"] + size.get("outputs", 0)
+    bound = {
+        "compute": executed / (mesh.size * chip.flops),
+        "memory": touched / chip.memory,
+        "links": sum(collective.link_bytes for collective in collectives) / chip.link,
+    }
+    bound["seconds"] = max(bound.values())
+    return Plan(
+        topology=topology,
+        num_devices=mesh.size,
+        mesh=dict(mesh.shape),
+        method=f"compiled by libtpu {_libtpu_version()}, jax {jax.__version__}",
+        fits=fits,
+        bytes_per_chip=size,
+        hbm_bytes=chip.hbm_bytes,
+        batch=_batch_summary(job),
+        flops=flops,
+        executed_flops=executed,
+        collectives=[collective._asdict() for collective in collectives],
+        step_seconds_lower_bound=bound,
+        mfu_ceiling=flops / (mesh.size * chip.flops * bound["seconds"]),
+        assumptions=_assumptions(job, fits=fits),
+        suggestion=None,
+    )
+
+
+def _tabulate(job: Job, topology: str, chip: Chip) -> Plan:
+    """The plan by arithmetic, for devices without a compiler here."""
+    parts, collectives = estimate(job.layout, job.batch)
+    total = sum(parts.values())
+    size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
+    report = _report(job, topology, chip, fits=total <= chip.hbm_bytes, size=size, collectives=collectives)
+    assumptions = [
+        "analytic: no compiler was asked; state is exact, temporaries are sums of the largest arrays, and what the "
+        "compiler fuses or copies may change them by a fifth or more",
+        *report.assumptions,
+    ]
+    suggestion = None if report.fits else _first_that_fits_by_arithmetic(job, chip)
+    return dataclasses.replace(report, method="analytic", assumptions=assumptions, suggestion=suggestion)
+
+
+def _batch_summary(job: Job) -> dict[str, int]:
+    shards = num_batch_shards(job.layout.mesh)
+    return {
+        "rows": job.num_rows,
+        "tokens": int(np.prod(job.batch["tokens"].shape)),
+        "accumulation": job.config.accumulation,
+        "rows_per_chip_at_a_time": job.num_rows // shards // job.config.accumulation,
+    }
+
+
+def _assumptions(job: Job, *, fits: bool) -> list[str]:
+    said = [f"flops: {CONVENTION}"]
+    data = job.config.data
+    if data.batch_rows is None:
+        said.append(
+            f"one row per record, as no index of the data is read: {data.batch_records} records in {job.num_rows} rows"
+            + (f", {job.num_rows - data.batch_records} of them padding" if job.num_rows > data.batch_records else "")
+            + "; packing needs fewer rows"
+        )
+    said += [
+        "step_seconds_lower_bound: no step can be faster than the largest of its parts at published peaks, with all "
+        "else hidden behind it; it is no estimate of what a step takes",
+        "compute: the FLOPs above and what the backward pass computes again; memory: arguments and results once; "
+        "links: what a device receives, through all of its links at once",
+    ]
+    if not fits:
+        said.append("it does not fit, so collectives are unknown and link time is counted as zero")
+    return said
+
+
+def _candidates(config: TrainConfig, shards: int) -> list[tuple[str, ...]]:
+    """Changes that save memory and alter no number of the run but rounding, the cheapest first."""
+    rows = _num_rows(config, shards) // shards
+    found: list[tuple[str, ...]] = []
+    steps: tuple[str, ...] = ()
+    if config.remat != "everything":
+        steps = (*steps, "remat=everything")
+        found.append(steps)
+    for accumulation in (n for n in range(config.accumulation + 1, rows + 1) if rows % n == 0):
+        found.append((*steps, f"accumulation={accumulation}"))
+    last = found[-1] if found else ()
+    if config.mesh.data > 1:
+        found.append((*last, "mesh.data=1", "mesh.fsdp=-1"))
+    found += [(*last, "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={n}") for n in (2, 4, 8) if n > config.mesh.tensor]
+    if config.optim.moments == "float32":
+        found.append((*last, "optim.moments=bfloat16"))
+    return found
+
+
+def _suggest(config: TrainConfig, devices: list[Any], topology: str, chip: Chip) -> dict[str, Any] | None:
+    """The nearest change that fits: picked by arithmetic, then compiled."""
+    shards = num_batch_shards(make_mesh(config.mesh, devices))
+    sized = []
+    for overrides in _candidates(config, shards):
+        try:
+            job = _job(_with(config, overrides), devices)
+        except (UserError, ValueError):
+            continue
+        sized.append((sum(estimate(job.layout, job.batch)[0].values()), overrides, job))
+    likely = [(overrides, job) for size, overrides, job in sized if size <= chip.hbm_bytes]
+    # Arithmetic may be wrong either way: if nothing seems to fit, the smallest is compiled all the same.
+    if sized and not likely:
+        likely = [min(sized, key=lambda item: item[0])[1:]]
+    for overrides, job in likely[:MAX_TRIES]:
+        print(f"does not fit; compiling with {' '.join(overrides)}", file=sys.stderr, flush=True)
+        result = _compile(job, topology, chip)
+        if result.fits:
+            return {"set": list(overrides), "by": "compiling", "total_bytes": result.bytes_per_chip["total"]}
+    return _larger_topology(config, len(devices), chip)
+
+
+def _larger_topology(config: TrainConfig, num_devices: int, chip: Chip) -> dict[str, Any] | None:
+    """How many devices would do, by arithmetic, with everything computed again and one row at a time."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = num_devices * factor
+        job = _job(_with(config, ("remat=everything", "accumulation=1")), more)
+        total = sum(estimate(job.layout, job.batch)[0].values())
+        if total <= 0.9 * chip.hbm_bytes:
+            return {"devices": more, "set": ["remat=everything"], "by": "arithmetic", "total_bytes": total}
+    return None
+
+
+def _first_that_fits_by_arithmetic(job: Job, chip: Chip) -> dict[str, Any] | None:
+    num_devices = job.layout.mesh.size
+    for overrides in _candidates(job.config, num_batch_shards(job.layout.mesh)):
+        try:
+            changed = _job(_with(job.config, overrides), num_devices)
+        except (UserError, ValueError):
+            continue
+        total = sum(estimate(changed.layout, changed.batch)[0].values())
+        if total <= chip.hbm_bytes:
+            return {"set": list(overrides), "by": "arithmetic", "total_bytes": total}
+    return _larger_topology(job.config, num_devices, chip)
+
+
+def _with(config: TrainConfig, overrides: tuple[str, ...]) -> TrainConfig:
+    for override in overrides:
+        config = apply_override(config, override)
+    return config
+
+
+def _libtpu_version() -> str:
+    try:
+        return metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        # On a TPU machine it may lie in the system and not among the packages.
+        return "unknown"
+
+
+def as_text(result: Plan) -> str:
+    """The plan for a terminal."""
+    size = {name: f"{value / GIB:.2f} GiB" for name, value in result.bytes_per_chip.items()}
+    lines = [
+        f"{result.topology}: {result.num_devices} devices, mesh "
+        + " x ".join(f"{axis} {n}" for axis, n in result.mesh.items()),
+        f"method: {result.method}",
+        "batch: " + ", ".join(f"{name} {value:,}" for name, value in result.batch.items()),
+        f"{'fits' if result.fits else 'DOES NOT FIT'}; per chip of {result.hbm_bytes / GIB:.2f} GiB: "
+        + ", ".join(f"{name} {value}" for name, value in size.items()),
+        f"flops per step: {result.flops:.4g} (model), {result.executed_flops:.4g} (with recomputation)",
+    ]
+    lines += [
+        f"  {'/'.join(c['axes'])} {c['kind']}: {c['count']:,} times, {c['num_bytes'] / 1e9:.3f} GB"
+        f" ({c['link_bytes'] / 1e9:.3f} GB into each chip)"
+        for c in result.collectives
+    ]
+    bound = result.step_seconds_lower_bound
+    lines += [
+        "step time, lower bound: " + ", ".join(f"{name} {value:.4f} s" for name, value in bound.items()),
+        f"MFU ceiling: {result.mfu_ceiling:.1%}",
+    ]
+    if result.suggestion:
+        suggestion = {**result.suggestion, "total_bytes": f"{result.suggestion['total_bytes'] / GIB:.2f} GiB"}
+        lines.append("nearest that fits: " + ", ".join(f"{name} {value}" for name, value in suggestion.items()))
+    return "\n".join([*lines, "assumptions:", *(f"  - {text}" for text in result.assumptions)])

@@ -1,0 +1,124 @@
+"""Floating-point operations of a step, counted from the traced model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import Array, Float
+
+from llava_jax.models.attention import Scope, attend_xla, unconstrained
+from llava_jax.models.layers import Remat
+from llava_jax.models.lora import dropout_keys
+from llava_jax.models.parameters import Parameters, bind
+from llava_jax.train.objectives import Context
+from llava_jax.train.state import Layout
+
+# How the counts are to be read, for whoever prints them.
+CONVENTION = (
+    "matrix products only, 2 per multiply-add; once forward and once more for each operand that a trained parameter "
+    "reaches, so frozen parts cost no weight gradient and a frozen tower no backward pass; causal attention counted "
+    "as half of the square of the row; padding counted; recomputation not counted"
+)
+
+
+def model_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """FLOPs that a step of this batch needs, whatever device and implementation runs it (see `CONVENTION`)."""
+    full, halved = (_trace(layout, batch, attend, None) for attend in (attend_xla, _attend_freely))
+    return (_total(full) + _total(halved)) // 2
+
+
+def executed_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct], remat: Remat) -> int:
+    """The FLOPs of `model_flops` and of what the backward pass computes again: at least this is executed."""
+
+    def gradient_flops(attend: Any) -> int:
+        trainable, frozen, _ = layout.memory
+
+        def gradient(trainable: Parameters, frozen: Parameters, batch: Mapping[str, Array]):
+            return jax.grad(lambda trainable: _loss(layout, trainable, frozen, batch, attend, remat))(trainable)
+
+        traced = jax.make_jaxpr(gradient)(trainable, frozen, dict(batch))
+        return matmul_flops(traced.jaxpr, [False] * len(traced.jaxpr.invars))[0]
+
+    return (gradient_flops(attend_xla) + gradient_flops(_attend_freely)) // 2
+
+
+def _attend_freely(
+    q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], v: Float[Array, "b s k h"], scope: Scope
+) -> Float[Array, "b t n h"]:
+    """Attention whose causal half costs nothing, and whose result depends on all that it should."""
+    if not scope.causal:
+        return attend_xla(q, k, v, scope)
+    groups = q.shape[2] // k.shape[2]
+    return q + jnp.repeat((k + v).mean(axis=1, keepdims=True), groups, axis=2).astype(q.dtype)
+
+
+def _loss(layout: Layout, trainable: Any, frozen: Any, batch: Any, attend: Any, remat: Remat) -> Float[Array, ""]:
+    values = {name: value.astype(layout.config.compute_dtype) for name, value in (trainable | frozen).items()}
+    values |= dropout_keys(layout.bound, jax.random.key(0))
+    context = Context(attend=attend, constrain=unconstrained, remat=remat)
+    return layout.config.objective(bind(layout.graphdef, values), batch, context).loss
+
+
+def _trace(layout: Layout, batch: Mapping[str, Any], attend: Any, remat: Remat) -> tuple[ClosedJaxpr, list[bool]]:
+    """The forward pass of a step, and which of its inputs are trained."""
+    trainable, frozen, _ = layout.memory
+    traced = jax.make_jaxpr(lambda *trees: _loss(layout, *trees, attend, remat))(trainable, frozen, dict(batch))
+    trained = [index < len(trainable) for index in range(len(traced.jaxpr.invars))]
+    return traced, trained
+
+
+def _total(traced: tuple[ClosedJaxpr, list[bool]]) -> int:
+    closed, trained = traced
+    return matmul_flops(closed.jaxpr, trained)[0]
+
+
+def matmul_flops(jaxpr: Jaxpr, reached: Sequence[bool]) -> tuple[int, list[bool]]:
+    """FLOPs of a function, and which results a trained parameter reaches, from which of its inputs one does."""
+    known = dict(zip(jaxpr.invars, reached, strict=True))
+
+    def look(atom: Any) -> bool:
+        return False if isinstance(atom, Literal) else known.get(atom, False)
+
+    total = 0
+    for equation in jaxpr.eqns:
+        flops, results = _equation_flops(equation, [look(atom) for atom in equation.invars])
+        total += flops
+        for variable, result in zip(equation.outvars, results, strict=True):
+            # Nothing flows back through integers and truth values.
+            known[variable] = result and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+    return total, [look(atom) for atom in jaxpr.outvars]
+
+
+def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[bool]]:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        once = 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        return once * (1 + sum(reached)), [any(reached)]
+    if name == "scan":
+        return _scan_flops(parameters, reached)
+    if name == "cond":
+        branches = [matmul_flops(branch.jaxpr, reached[1:]) for branch in parameters["branches"]]
+        return max(flops for flops, _ in branches), [any(r) for r in zip(*(r for _, r in branches), strict=True)]
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in parameters:
+            inner = parameters[key]
+            return matmul_flops(getattr(inner, "jaxpr", inner), reached)
+    assert name not in ("while", "conv_general_dilated"), f"FLOPs of {name} are not counted"
+    return 0, [any(reached)] * len(equation.outvars)
+
+
+def _scan_flops(parameters: Mapping[str, Any], reached: list[bool]) -> tuple[int, list[bool]]:
+    """The body's, times the turns; what reaches a carry in one turn reaches it in all."""
+    constants, carries = parameters["num_consts"], parameters["num_carry"]
+    reached = list(reached)
+    while True:
+        flops, results = matmul_flops(parameters["jaxpr"].jaxpr, reached)
+        carried = [a or b for a, b in zip(reached[constants : constants + carries], results, strict=False)]
+        if carried == reached[constants : constants + carries]:
+            return flops * parameters["length"], carried + results[carries:]
+        reached[constants : constants + carries] = carried

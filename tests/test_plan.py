@@ -1,0 +1,133 @@
+"""What `llava-jax plan` says of a config, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from llava_jax.errors import UserError
+from llava_jax.plan import as_text, plan
+from llava_jax.train.config import TrainConfig, apply_override, load_config
+from tests.train.runs import ROOT
+
+HAS_COMPILER = find_spec("libtpu") is not None
+
+
+def _config(name: str, *overrides: str) -> TrainConfig:
+    """A config of the repository with fields replaced."""
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    for override in overrides:
+        config = apply_override(config, override)
+    return config
+
+
+SHALLOW = ("model.text.num_layers=2", "model.vision.num_layers=2")
+
+
+@pytest.fixture(scope="module")
+def shallow() -> TrainConfig:
+    """Two layers of each kind: describing thirty-two takes seconds, and follows no other rule."""
+    return _config("llava15_finetune_7b", *SHALLOW)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:8", "v9:2x2", "h100", "h100:0", "h100:2x2", "tpu"])
+def test_an_unknown_topology_is_refused_with_the_known_ones(shallow: TrainConfig, topology: str):
+    with pytest.raises(UserError, match="must be like one of v4:4x4.*h100:8"):
+        plan(shallow, topology)
+
+
+def test_a_mesh_that_does_not_divide_is_refused(shallow: TrainConfig):
+    with pytest.raises(UserError, match="must use all 8 devices"):
+        plan(apply_override(shallow, "mesh.tensor=3"), "h100:8")
+    with pytest.raises(UserError, match="divisible by its mesh axis"):
+        plan(shallow, "h100:7")
+
+
+def test_a_batch_that_does_not_divide_is_refused(shallow: TrainConfig):
+    data = dataclasses.replace(shallow.data, batch_records=None, batch_rows=12)
+    with pytest.raises(UserError, match="batch_rows must be a multiple of .*8 x 1; got 12"):
+        plan(dataclasses.replace(shallow, data=data), "h100:8")
+
+
+def test_rows_are_one_per_record_and_it_says_so(shallow: TrainConfig):
+    result = plan(apply_override(shallow, "data.batch_records=100"), "h100:8")
+    assert result.batch == {"rows": 104, "tokens": 104 * 2048, "accumulation": 1, "rows_per_chip_at_a_time": 13}
+    assert any("one row per record" in text and "4 of them padding" in text for text in result.assumptions)
+
+
+def test_a_gpu_plan_is_labelled_analytic_and_its_parts_add_up(shallow: TrainConfig):
+    result = plan(shallow, "h100:8")
+    parts = result.bytes_per_chip
+    assert result.method == "analytic"
+    assert result.assumptions[0].startswith("analytic")
+    assert parts["total"] == sum(v for name, v in parts.items() if name not in ("total", "headroom"))
+    assert parts["total"] + parts["headroom"] == result.hbm_bytes
+    bound = result.step_seconds_lower_bound
+    assert bound["seconds"] == max(bound[name] for name in ("compute", "memory", "links"))
+    assert 0 < result.mfu_ceiling <= result.flops / result.executed_flops < 1
+    assert result.mfu_ceiling == pytest.approx(result.flops / (8 * 989.4e12 * bound["seconds"]))
+    assert "MFU ceiling" in as_text(result)
+
+
+def test_state_is_exact_and_shrinks_with_the_mesh(shallow: TrainConfig):
+    """Trained parameters and two moments in float32, the frozen tower in bfloat16, and the batch."""
+    one, eight = (plan(shallow, f"h200:{n}").bytes_per_chip["arguments"] for n in (1, 8))
+    state = one - 128 * (2048 * 17 + 3 * 336 * 336 * 3 + 3 * 576 * 4)
+    trained = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096 + 4096 * (1024 + 4096 + 2)
+    tower = 2 * (4 * 1024**2 + 2 * 1024 * 4096 + 9 * 1024 + 4096) + 588 * 1024 + (577 + 1 + 4) * 1024
+    # Two counters, four bytes each.
+    assert state == 12 * trained + 2 * tower + 8
+    assert one / 8 < eight < one / 8 + 20e6
+
+
+def test_what_does_not_fit_comes_with_what_does(shallow: TrainConfig):
+    result = plan(apply_override(shallow, "remat=nothing"), "4090:1")
+    assert not result.fits
+    assert result.bytes_per_chip["headroom"] < 0
+    suggestion = result.suggestion
+    assert suggestion is not None
+    assert suggestion["by"] == "arithmetic"
+    changed = shallow
+    for override in ("remat=nothing", *suggestion["set"]):
+        changed = apply_override(changed, override)
+    assert plan(changed, f"4090:{suggestion.get('devices', 1)}").fits
+
+
+def test_bfloat16_moments_take_half_the_room(shallow: TrainConfig):
+    wide, narrow = (plan(apply_override(shallow, f"optim.moments={m}"), "h200:1") for m in ("float32", "bfloat16"))
+    saved = wide.bytes_per_chip["arguments"] - narrow.bytes_per_chip["arguments"]
+    assert saved == pytest.approx(4 * (wide.bytes_per_chip["gradients"] // 2), rel=1e-6)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install 'llava-jax[plan]'")
+def test_a_tpu_plan_compiles_the_step():
+    command = [sys.executable, "-m", "llava_jax.cli", "plan", "--config", "configs/debug_cpu.py", "--json"]
+    small = ["--set", "model.vision.image_size=8", "--set", "data.batch_rows=2"]
+    result = subprocess.run(
+        [*command, "--topology", "v5e:1x2", *small],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["fits"] is True
+    assert found["method"].startswith("compiled by libtpu")
+    size = found["bytes_per_chip"]
+    total = size["arguments"] + size["outputs"] - size["aliased"] + size["temporaries"] + size["code"]
+    assert size["total"] == total
+    assert size["headroom"] == found["hbm_bytes"] - total == 16 * 2**30 - total
+    assert size["aliased"] > 0, "the state is not donated"
+    assert {tuple(c["axes"]) for c in found["collectives"]} == {("fsdp",)}
+    assert 0 < found["mfu_ceiling"] < 1
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="the TPU compiler is installed")
+def test_without_the_compiler_it_says_what_to_install(shallow: TrainConfig):
+    with pytest.raises(UserError, match=r"pip install 'llava-jax\[plan\]'"):
+        plan(shallow, "v5e:2x2")
