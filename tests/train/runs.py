@@ -18,7 +18,7 @@ STEPS = 12
 EVERY = "checkpoint_every=2"
 # Every process that a test has started; tests/train/conftest.py ends those that it leaves behind.
 STARTED: list[subprocess.Popen] = []
-STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py"}
+STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py", "lora": "configs/debug_lora.py"}
 
 
 def command(workdir: Path, *overrides: str, config: str = "configs/debug_cpu.py") -> list[str]:
