@@ -1,5 +1,6 @@
 """Real training processes for tests: started, killed, asked to stop, and what they leave behind."""
 
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax.convert.workdir import open_workdir
+from llava_jax.data.records import RecordFile, find_spans
+from llava_jax.models.attention import attend_xla
+from llava_jax.models.build import structure
+from llava_jax.models.parameters import bind
+from llava_jax.train.config import TrainConfig
+from llava_jax.train.loop import data_needs
 from llava_jax.train.metrics import read_metrics
+from llava_jax.train.objectives import Context
+from llava_jax.train.sharding import make_constrain, make_mesh
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -120,3 +130,22 @@ def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
 def story(workdir: Path) -> list[tuple]:
     """Loss, gradient norm and records of every step."""
     return [(line["step"], line["loss"], line["grad_norm"], line["records"]) for line in read_metrics(str(workdir))]
+
+
+def hold_out(config: TrainConfig, path: Path) -> None:
+    """Writes some records of a run's to be evaluated on."""
+    path.write_text(json.dumps(json.loads(Path(config.data.records).read_text())[:11]))
+
+
+def loss_one_by_one(workdir: Path, config: TrainConfig, path: Path) -> float:
+    """The loss of a workdir's saved model on records, one row each, without padding rows or a plan."""
+    needs, rows = data_needs(config), config.data.rows
+    records = RecordFile(str(path), find_spans(str(path)))
+    model = bind(structure(config.model)[0], {n: v.view() for n, v in open_workdir(str(workdir))[0].items()})
+    context = Context(attend=attend_xla, constrain=make_constrain(make_mesh(config.mesh)), remat=None)
+    total = weight = 0.0
+    for i in range(len(records)):
+        row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
+        sums = config.objective(model, {name: value[None] for name, value in row.items()}, context)
+        total, weight = total + float(sums.loss), weight + float(sums.weight)
+    return total / weight

@@ -1,26 +1,17 @@
 """The held-out loss is that of its records, however they are packed; asking for it changes no step."""
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llava_jax.convert.workdir import open_workdir
-from llava_jax.data.records import RecordFile, find_spans
 from llava_jax.errors import UserError
-from llava_jax.models.attention import attend_xla
-from llava_jax.models.build import structure
-from llava_jax.models.parameters import bind
 from llava_jax.train.config import apply_override, load_config
 from llava_jax.train.evaluation import check_evaluation
 from llava_jax.train.forecast import save_forecast
-from llava_jax.train.loop import data_needs
 from llava_jax.train.metrics import MetricsLog, read_metrics
-from llava_jax.train.objectives import Context
-from llava_jax.train.sharding import make_constrain, make_mesh
-from tests.train.runs import ROOT, STEPS, finish, story
+from tests.train.runs import ROOT, STEPS, finish, hold_out, loss_one_by_one, story
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +23,7 @@ def config():
 def watched(tmp_path_factory: pytest.TempPathFactory, cache: Path, config) -> Path:
     """A run that evaluates on a part of its records and traces two steps."""
     folder = tmp_path_factory.mktemp("watched")
-    records = json.loads(Path(config.data.records).read_text())[:11]
-    (folder / "held_out.json").write_text(json.dumps(records))
+    hold_out(config, folder / "held_out.json")
     settings = (f"life.eval_records={folder / 'held_out.json'}", "life.eval_every=4", "life.profile=2:4")
     result = finish(folder / "run", "checkpoint_every=2", *settings, cache=cache)
     assert result.returncode == 0, result.stderr
@@ -52,18 +42,8 @@ def test_the_loss_is_measured_where_it_was_asked_for(watched: Path):
 
 
 def test_the_loss_is_that_of_its_records_one_by_one(watched: Path, config):
-    """Computed again from the saved parameters, one row a record, without padding rows or a plan."""
-    needs, rows = data_needs(config), config.data.rows
-    path = str(watched.parent / "held_out.json")
-    records = RecordFile(path, find_spans(path))
-    model = bind(structure(config.model)[0], open_workdir(str(watched))[0])
-    context = Context(attend=attend_xla, constrain=make_constrain(make_mesh(config.mesh)), remat=None)
-    total = weight = 0.0
-    for i in range(len(records)):
-        row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
-        sums = config.objective(model, {name: value[None] for name, value in row.items()}, context)
-        total, weight = total + float(sums.loss), weight + float(sums.weight)
-    assert read_metrics(str(watched))[-1]["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
+    loss = loss_one_by_one(watched, config, watched.parent / "held_out.json")
+    assert read_metrics(str(watched))[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_trace_is_left(watched: Path):

@@ -15,11 +15,22 @@ from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import LoraConfig, dropout_keys, initial_factor, is_adapter
 from llava_jax.models.parameters import part, stack_layers
 from llava_jax.train.config import MeshConfig, OptimConfig, load_config
+from llava_jax.train.metrics import read_metrics
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.sharding import make_mesh, partition
 from llava_jax.train.state import Layout
 from tests.tiny import LLAVA
-from tests.train.runs import ROOT, arrays, assert_same_bits, command, environment, saved_steps, story
+from tests.train.runs import (
+    ROOT,
+    arrays,
+    assert_same_bits,
+    command,
+    environment,
+    hold_out,
+    loss_one_by_one,
+    saved_steps,
+    story,
+)
 
 CONFIG = "configs/debug_lora.py"
 
@@ -71,10 +82,16 @@ def train(workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("lora") / "run"
-    done = train(workdir)
+    folder = tmp_path_factory.mktemp("lora")
+    hold_out(load_config(str(ROOT / CONFIG)), folder / "held_out.json")
+    done = train(folder / "run", f"life.eval_records={folder / 'held_out.json'}", "life.eval_every=12")
     assert done.returncode == 0, done.stderr
-    return workdir
+    return folder / "run"
+
+
+def test_the_held_out_loss_is_that_of_the_merged_model_without_dropout(trained: Path):
+    loss = loss_one_by_one(trained, load_config(str(ROOT / CONFIG)), trained.parent / "held_out.json")
+    assert read_metrics(str(trained))[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_run_with_adapters_learns_and_saves_them_alone(trained: Path):
