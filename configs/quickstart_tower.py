@@ -8,7 +8,7 @@ r"""Quickstart, stage 0: train a small CLIP on captions, so that its tower knows
 from llava_jax.data.rows import Augment, Captions
 from llava_jax.sizes import QUICKSTART_CLIP
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import contrastive
+from llava_jax.train.objectives import patch_contrastive
 
 DATA = "runs/quickstart/data"
 PARTS = ("tower", "caption", "visual_projection", "text_projection", "logit_scale")
@@ -17,7 +17,7 @@ PARTS = ("tower", "caption", "visual_projection", "text_projection", "logit_scal
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=QUICKSTART_CLIP,
-        objective=contrastive,
+        objective=patch_contrastive,
         init=dict.fromkeys(PARTS, "random"),
         trainable=PARTS,
         data=DataConfig(

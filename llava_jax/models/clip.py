@@ -100,6 +100,7 @@ class ClipTower(nnx.Module):
         self.pre_layernorm = _layer_norm(config, param_dtype, rngs)
         make = functools.partial(ClipLayer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
+        self.num_layers = config.num_layers
         self.post_layernorm = _layer_norm(config, param_dtype, rngs)
         self.patch_size = p
 
@@ -188,11 +189,15 @@ class Clip(nnx.Module):
     ) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
         """Unit vectors of the images and of the captions."""
         image = self.visual_projection(self.tower.pooled(images, attend=attend))
-        text = self.text_projection(self.caption.pooled(tokens, attend=attend))
-        return _unit(image), _unit(text)
+        return unit(image), self.embed_captions(tokens, attend=attend)
+
+    def embed_captions(self, tokens: Int[Array, "n t"], *, attend: Attend = attend_xla) -> Float[Array, "n c"]:
+        """Unit vectors of the captions."""
+        return unit(self.text_projection(self.caption.pooled(tokens, attend=attend)))
 
 
-def _unit(x: Float[Array, "n c"]) -> Float[Array, "n c"]:
+def unit(x: Float[Array, "n c"]) -> Float[Array, "n c"]:
+    """Vectors of length one."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -14,7 +14,7 @@ from llava_jax.data.rows import RowFormat
 from llava_jax.errors import UserError
 from llava_jax.models.lora import LoraConfig
 from llava_jax.shapes import LlavaConfig, ModelConfig
-from llava_jax.train.objectives import Objective, contrastive
+from llava_jax.train.objectives import Objective, contrastive, patch_contrastive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.objective is contrastive and self.accumulation != 1:
+        if self.objective in (contrastive, patch_contrastive) and self.accumulation != 1:
             raise ValueError(
                 "The contrastive loss needs all pairs at once; got "
                 f"accumulation={self.accumulation}. Set it to 1 and spread the batch over more devices."

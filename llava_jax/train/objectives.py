@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.models.attention import Attend, Constrain
-from llava_jax.models.clip import Clip
+from llava_jax.models.clip import Clip, unit
 from llava_jax.models.layers import Remat
 from llava_jax.models.llava import Llava
 
@@ -70,6 +70,22 @@ def contrastive(model: Clip, batch: Mapping[str, Array], context: Context) -> Su
     that repeat count as the same).
     """
     image, text = model(batch["images"], batch["tokens"], attend=context.attend)
+    return _pairs(model, image, text, batch)
+
+
+def patch_contrastive(model: Clip, batch: Mapping[str, Array], context: Context) -> Sums:
+    """As `contrastive`, for the mean of the patches before the last layer instead of the class token after it.
+
+    LLaVA reads the patches of that layer. A tower that is trained on its class token alone need not keep in them what
+    they tell together, and a small one may not (compare patch-aligned contrastive learning, arXiv 2212.04994).
+    """
+    tower = model.tower
+    hidden = tower.hidden(batch["images"], depth=tower.num_layers - 1, attend=context.attend)
+    image = model.visual_projection(tower.post_layernorm(hidden[:, 1:].mean(axis=1)))
+    return _pairs(model, unit(image), model.embed_captions(batch["tokens"], attend=context.attend), batch)
+
+
+def _pairs(model: Clip, image: Float[Array, "n c"], text: Float[Array, "n c"], batch: Mapping[str, Array]) -> Sums:
     is_pair = batch["is_pair"]
     # The temperature is kept from growing without bound, as CLIP does (its section 2.5: at most 100).
     scale = jnp.exp(jnp.minimum(model.logit_scale[...].astype(jnp.float32), jnp.log(100.0)))
