@@ -29,6 +29,7 @@ def test_a_refusal_is_one_line_without_a_trace(tmp_path: Path, capsys: pytest.Ca
     make_huggingface(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
+    capsys.readouterr()
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "jax"), "--to", "jax"]) == 74
     told = capsys.readouterr()
     assert told.out == ""

@@ -66,7 +66,7 @@ def test_unknown_templates_are_refused(folder: Path):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"must hold model\.json; '.*nowhere' does not\. Give the folder"):
+    with pytest.raises(CheckpointError, match=r"from a folder or a hub name; '.*nowhere' does not exist\."):
         load(str(tmp_path / "nowhere"))
 
 
