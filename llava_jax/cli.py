@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder or training workdir")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, workdir, or LLaVA of any layout")
     parser.add_argument(
         "--image", action="extend", nargs="+", default=[], metavar="FILE", help="pictures, in the order of the marks"
     )

@@ -94,8 +94,11 @@ def _scale(fields: Fields, module: str, *, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r); a pattern that a module's name ends with overrides alpha."""
     alpha = float(fields.take("lora_alpha", float, 8.0))
     for pattern, value in fields.take("alpha_pattern", dict, {}).items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", module):
-            alpha = float(value)
+        try:
+            if re.fullmatch(rf"(.*\.)?{pattern}", module):
+                alpha = float(value)
+        except (re.error, TypeError, ValueError) as error:
+            raise CheckpointError(f"{fields.where}: alpha_pattern has {pattern!r}: {value!r}, {error}.") from error
     return alpha / (math.sqrt(rank) if fields.take("use_rslora", bool, False) else rank)
 
 

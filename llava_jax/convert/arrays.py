@@ -12,7 +12,7 @@ def place(value: Any, dtype: jax.typing.DTypeLike, sharding: jax.sharding.Shardi
     Every process reads only the part that its own devices hold; of a tensor in a file, only those bytes.
     """
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         return np.asarray(value[index]).astype(dtype)
 
     return jax.make_array_from_callback(tuple(value.shape), sharding, read)

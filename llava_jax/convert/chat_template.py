@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_jax.convert.fields import Fields, read_json
+from llava_jax.convert.fields import Fields, read_object
 
 # What transformers' chat templates of our templates look like; written into exports, known again by their hash.
 # `message.content` is a text, or a list of parts as transformers' processors take it.
@@ -45,8 +45,7 @@ def find_chat_template(folder: Path) -> str | None:
         texts.append((folder / "chat_template.jinja").read_text(errors="replace"))
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            content = read_json(folder / name)
-            texts.append(content.get("chat_template") if isinstance(content, dict) else None)
+            texts.append(read_object(folder / name).get("chat_template"))
     known = {KNOWN_HASHES[_hash(text)] for text in texts if isinstance(text, str) and _hash(text) in KNOWN_HASHES}
     return known.pop() if len(known) == 1 else None
 

@@ -23,7 +23,7 @@ from llava_jax.convert.config_json import (
     special_tokens,
 )
 from llava_jax.convert.delta import apply_delta, fingerprint
-from llava_jax.convert.fields import Fields, read_json
+from llava_jax.convert.fields import Fields, read_json, read_object
 from llava_jax.convert.layouts import from_huggingface
 from llava_jax.convert.preprocessing import image_mode_of_huggingface, image_mode_of_original
 from llava_jax.convert.tensor import Tensor, in_memory
@@ -307,7 +307,7 @@ def _open_ours(folder: Path) -> Checkpoint:
     else:
         weights = open_weights(folder)
         params, files, layout = weights.tensors, weights.files, "a model folder"
-    config = read_json(folder / SOURCE_CONFIG) if (folder / SOURCE_CONFIG).is_file() else {}
+    config = read_object(folder / SOURCE_CONFIG) if (folder / SOURCE_CONFIG).is_file() else {}
     return Checkpoint(
         model=card.model,
         params=params,
@@ -331,7 +331,7 @@ def find_tokenizer(folder: Path) -> Path | None:
 def _check_fingerprint(folder: Path, base: Mapping[str, Tensor], name: str) -> None:
     """Refuses another base than the one that our own delta was made from."""
     path = folder / PROVENANCE
-    wanted = read_json(path).get("base_fingerprint") if path.is_file() else None
+    wanted = read_object(path).get("base_fingerprint") if path.is_file() else None
     if wanted is not None and wanted != fingerprint(base):
         raise CheckpointError(
             f"--base {name} is not the base of {folder}: its norms have another sha256 than {PROVENANCE} says."

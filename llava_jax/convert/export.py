@@ -10,7 +10,7 @@ from llava_jax.convert.chat_template import chat_template_json
 from llava_jax.convert.checkpoint import Checkpoint
 from llava_jax.convert.config_json import SpecialTokens, text_fields, token_fields, vision_fields
 from llava_jax.convert.delta import fingerprint, make_delta
-from llava_jax.convert.fields import read_json
+from llava_jax.convert.fields import read_object
 from llava_jax.convert.folder import copy_tokenizer, staged, write_weights
 from llava_jax.convert.layouts import to_layout
 from llava_jax.convert.preprocessing import (
@@ -251,12 +251,12 @@ def added_tokens(folder: Path) -> dict[str, int]:
     """Tokens that were added to a tokenizer, by the files that may say so."""
     found: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
-        found |= read_json(folder / "added_tokens.json")
+        found |= read_object(folder / "added_tokens.json")
     if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
         found |= {entry["content"]: int(token_id) for token_id, entry in decoder.items()}
     if (folder / "tokenizer.json").is_file():
-        entries = read_json(folder / "tokenizer.json").get("added_tokens") or []
+        entries = read_object(folder / "tokenizer.json").get("added_tokens") or []
         found |= {entry["content"]: entry["id"] for entry in entries}
     return found
 
@@ -267,7 +267,7 @@ def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         return
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | {
         str(token_id): {"content": text, **flags} for text, token_id in added.items()
     }
@@ -275,12 +275,12 @@ def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         config["pad_token"] = PAD_TOKEN
     _write_json(path, config)
     if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json(folder / "tokenizer.json")
+        tokenizer = read_object(folder / "tokenizer.json")
         tokenizer["added_tokens"] += [{"id": token_id, "content": text, **flags} for text, token_id in added.items()]
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n")
     else:
         path = folder / "added_tokens.json"
-        _write_json(path, (read_json(path) if path.is_file() else {}) | dict(added))
+        _write_json(path, (read_object(path) if path.is_file() else {}) | dict(added))
 
 
 def _generation(tokens: SpecialTokens) -> dict[str, Any]:

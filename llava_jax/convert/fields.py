@@ -87,6 +87,11 @@ class Fields:
             )
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of a checkpoint."""
+    return Fields(read_json(path), str(path)).values
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a checkpoint.
 

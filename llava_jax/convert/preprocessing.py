@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llava_jax.convert.fields import Fields, read_json
+from llava_jax.convert.fields import Fields, read_object
 from llava_jax.data.anyres import AnyRes
 from llava_jax.data.images import ImageMode
 from llava_jax.errors import CheckpointError
@@ -27,7 +27,7 @@ def image_mode_of_huggingface(folder: Path, config: Fields, vision: VisionConfig
     if path is None:
         fields = Fields({}, str(folder))
     else:
-        content = read_json(path)
+        content = read_object(path)
         # Version 5 keeps the image processor's settings inside the processor's.
         fields = Fields(content.get("image_processor", content), str(path))
     _check(fields, vision)
@@ -45,8 +45,7 @@ def image_mode_of_huggingface(folder: Path, config: Fields, vision: VisionConfig
 def _has_images(path: Path) -> bool:
     if not path.is_file():
         return False
-    content = read_json(path)
-    return isinstance(content, dict) and (path.name == PREPROCESSOR or "image_processor" in content)
+    return path.name == PREPROCESSOR or "image_processor" in read_object(path)
 
 
 def _check(fields: Fields, vision: VisionConfig) -> None:
@@ -74,7 +73,7 @@ def image_mode_of_original(config: Fields) -> ImageMode:
         return "square"
     if mode == "anyres" and merge in ("flat", "spatial", "spatial_unpad"):
         grid = config.take("image_grid_pinpoints", object)
-        pinpoints = tuple(map(tuple, _pairs(_grid(grid), config.where)))
+        pinpoints = tuple(_pairs(_grid(grid), config.where))
         return AnyRes(pinpoints=pinpoints, merge=merge, rounding="original")
     raise CheckpointError(
         f"{config.where}: image_aspect_ratio={mode!r} with mm_patch_merge_type={merge!r} is not supported, only "

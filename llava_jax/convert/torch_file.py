@@ -169,7 +169,7 @@ def _interpret(source: bytes | BinaryIO, sizes: dict[str, int] | None = None) ->
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
         mark = marks.pop()
@@ -201,15 +201,15 @@ def _interpret(source: bytes | BinaryIO, sizes: dict[str, int] | None = None) ->
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "APPEND":
-            stack[-2].append(stack.pop())
+            list.append(stack[-2], stack.pop())
         elif name == "APPENDS":
             items = since_mark()
-            stack[-1].extend(items)
+            list.extend(stack[-1], items)
         elif name in ("SETITEM", "SETITEMS"):
             items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
             _set_items(stack[-1], items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            text = argument if name == "GLOBAL" else " ".join([stack.pop(-2), stack.pop()])
+            text = str(argument) if name == "GLOBAL" else " ".join([stack.pop(-2), stack.pop()])
             if text not in ALLOWED:
                 raise ValueError(f"{_key(stack)} asks for {text.replace(' ', '.')}")
             stack.append(_Name(text))

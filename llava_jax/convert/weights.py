@@ -88,7 +88,9 @@ def locate(source: str) -> Path:
     if path.exists():
         return path
     if not _HUB_NAME.fullmatch(source):
-        raise CheckpointError(f"Weights must come from a folder or a hub name; {source!r} does not exist.")
+        raise CheckpointError(
+            f"Weights must come from a folder or a hub name; {source!r} does not exist. Check its spelling."
+        )
     import huggingface_hub
 
     try:

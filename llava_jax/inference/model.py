@@ -117,7 +117,9 @@ def load(
     params = {name: place(value, dtype, here) for name, value in checkpoint.params.items()}
     model = Model(config=config, graphdef=graphdef, params=params)
     if checkpoint.tokenizer is None:
-        raise CheckpointError(f"A model must come with its tokenizer; {path!r} has none. Put tokenizer.json there.")
+        raise CheckpointError(
+            f"A model's folder must hold tokenizer.json or tokenizer.model; {path!r} does not. Copy them there."
+        )
     tokenizer = open_tokenizer(str(checkpoint.tokenizer))
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(

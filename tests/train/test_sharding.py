@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.models.build import structure
+from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import count, stack_layers
 from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.train.config import MeshConfig, OptimConfig
