@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +62,7 @@ def test_the_loss_is_that_of_its_records_one_by_one(watched: Path, config):
     total = weight = 0.0
     for i in range(len(records)):
         row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
-        sums = config.objective(model, {name: value[None] for name, value in row.items()}, context)
+        sums = config.objective(model, {name: jnp.asarray(value)[None] for name, value in row.items()}, context)
         total, weight = total + float(sums.loss), weight + float(sums.weight)
     assert read_metrics(str(watched))[-1]["eval_loss"] == pytest.approx(total / weight, rel=1e-5)
 
