@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -146,6 +147,6 @@ def loss_one_by_one(workdir: Path, config: TrainConfig, path: Path) -> float:
     total = weight = 0.0
     for i in range(len(records)):
         row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
-        sums = config.objective(model, {name: value[None] for name, value in row.items()}, context)
+        sums = config.objective(model, {name: jnp.asarray(value)[None] for name, value in row.items()}, context)
         total, weight = total + float(sums.loss), weight + float(sums.weight)
     return total / weight
