@@ -124,6 +124,7 @@ def greedy(recorded: Recorded, prompts: list[Prompt], *, count: int, eos_id: int
     tokenizer.eos_id = eos_id
     processor = object.__new__(Processor)
     object.__setattr__(processor, "tokenizer", tokenizer)
+    object.__setattr__(processor, "template", None)
     sampling = Sampling(max_new_tokens=count)
     answers = generate(recorded.model, processor, prompts, sampling)
     return [list(answer.token_ids) for answer in answers]

@@ -195,15 +195,15 @@ COUNT = """
 import sys, jax
 steps, calls = [], []
 from llava_jax import cli
-import llava_jax.train.loop as loop
-make_step = loop.make_step
+import llava_jax.train.loop as loop, llava_jax.train.step as step
+make_step = step.make_step
 def counted(*a, **k):
-    step = make_step(*a, **k)
+    made = make_step(*a, **k)
     def traced(*arguments):
         calls.append(1)
-        return step(*arguments)
+        return made(*arguments)
     return traced
-loop.make_step = counted
+step.make_step = counted
 original = loop.Report.add
 compiled = []
 def listen(name, *a, **k):
