@@ -1,6 +1,8 @@
-r"""Quickstart, stage 2: train projector and decoder on conversations; the tower stays as it is.
+r"""Quickstart, stage 2: train projector and decoder on questions about pictures; the tower stays as it is.
 
-llava-jax train --config configs/quickstart_tune.py --workdir runs/quickstart/tune
+    llava-jax train --config configs/quickstart_tune.py --workdir runs/quickstart/tune
+
+One question a record: docs/decisions.md says why.
 """
 
 from llava_jax.data.rows import Conversations
