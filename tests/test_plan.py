@@ -106,9 +106,9 @@ def test_bfloat16_moments_take_half_the_room(shallow: TrainConfig):
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install 'llava-jax[plan]'")
 def test_a_tpu_plan_compiles_the_step():
     command = [sys.executable, "-m", "llava_jax.cli", "plan", "--config", "configs/debug_cpu.py", "--json"]
-    small = ["--set", "model.vision.image_size=8", "--set", "data.batch_rows=2"]
+    small = ["--set", "model.vision.image_size=8", "--set", "data.batch_rows=4"]
     result = subprocess.run(
-        [*command, "--topology", "v5e:1x2", *small],
+        [*command, "--topology", "v5e:2x2", *small],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
