@@ -142,7 +142,9 @@ def loss_one_by_one(workdir: Path, config: TrainConfig, path: Path) -> float:
     """The loss of a workdir's saved model on records, one row each, without padding rows or a plan."""
     needs, rows = data_needs(config), config.data.rows
     records = RecordFile(str(path), find_spans(str(path)))
-    model = bind(structure(config.model)[0], {n: v.view() for n, v in open_workdir(str(workdir))[0].items()})
+    model = bind(
+        structure(config.model)[0], {n: jnp.asarray(v.view()) for n, v in open_workdir(str(workdir))[0].items()}
+    )
     context = Context(attend=attend_xla, constrain=make_constrain(make_mesh(config.mesh)), remat=None)
     total = weight = 0.0
     for i in range(len(records)):

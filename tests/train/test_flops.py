@@ -27,6 +27,7 @@ WIDE = LlavaConfig(
     projector="mlp2x_gelu",
     select_layer=-2,
     select_feature="patch",
+    image_newline=False,
 )
 B, T, TILES = 2, 64, 1
 
