@@ -12,6 +12,7 @@ from llava_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.data.anyres import find_slots
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import find_layout
+from llava_jax.data.tokenizer import FastTokenizer
 from llava_jax.inference.generate import Sampling, generate, pad_prompts
 from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.models.attention import attend_xla, unconstrained
@@ -112,19 +113,25 @@ def to_batch(prompts: list[Prompt], labels: np.ndarray) -> dict[str, Any]:
 def greedy(recorded: Recorded, prompts: list[Prompt], *, count: int, eos_id: int) -> list[list[int]]:
     """Greedy tokens of each prompt."""
 
-    class OnlyIds:
+    class OnlyIds(FastTokenizer):
         """Stands for a tokenizer where no text is asked for."""
 
         vocab_size = recorded.config.text.vocab_size
 
+        def __init__(self):
+            self.eos_id = eos_id
+
         def decode(self, ids: Any) -> str:
             return ""
 
-    tokenizer: Any = OnlyIds()
-    tokenizer.eos_id = eos_id
-    processor = object.__new__(Processor)
-    object.__setattr__(processor, "tokenizer", tokenizer)
-    object.__setattr__(processor, "template", None)
+    config = recorded.config
+    processor = Processor(
+        tokenizer=OnlyIds(),
+        template=None,
+        image_mode="square",
+        image_size=config.vision.image_size,
+        num_features=config.num_features,
+    )
     sampling = Sampling(max_new_tokens=count)
     answers = generate(recorded.model, processor, prompts, sampling)
     return [list(answer.token_ids) for answer in answers]

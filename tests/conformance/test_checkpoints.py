@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import transformers
 
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.conversion import convert
@@ -290,4 +291,10 @@ def test_answer(case: Case, tmp_path: Path, under_original: Callable[[str], None
     assert opening == processor.tokenizer.bos_id
     eos_id = processor.tokenizer.eos_id
     assert answer.token_ids == (wanted[:-1] if wanted[-1] == eos_id else wanted)
+    if "\ufffd" in answer.text and answer.text != record["text"].strip():
+        # `load_pretrained_model` opens Mistral with the fast tokenizer, which breaks up more of what is no UTF-8.
+        under_original("bytes that are no UTF-8, as the fast tokenizer writes them")
+        fast = transformers.AutoTokenizer.from_pretrained(folder / case.name)
+        assert fast.decode(wanted, skip_special_tokens=True).strip() == record["text"].strip()
+        return
     assert answer.text == record["text"].strip()
