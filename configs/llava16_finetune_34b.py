@@ -23,8 +23,9 @@ def get_config() -> TrainConfig:
             "tower": "weights/clip-vit-large-patch14-336",
             "decoder": "weights/Nous-Hermes-2-Yi-34B",
             "projector": "runs/pretrain_34b",
+            "image_newline": "random",
         },
-        trainable=("tower", "projector", "decoder"),
+        trainable=("tower", "projector", "image_newline", "decoder"),
         data=DataConfig(
             records="data/llava_next.json",
             image_root="data",

@@ -128,6 +128,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--image", action="extend", nargs="+", default=[], metavar="FILE", help="pictures, in the order of the marks"
     )
     parser.add_argument("--conv", metavar="NAME", help="conversation template, or raw (default: the model's)")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="hold the decoder in 8 or 4 bits (default: whole)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +208,7 @@ def _open(arguments: argparse.Namespace):
     from llava_jax.inference.model import load, read_images
 
     template = None if arguments.conv in (None, "raw") else arguments.conv
-    model, processor = load(arguments.model, template=template)
+    model, processor = load(arguments.model, template=template, quantize=arguments.quantize)
     if arguments.conv == "raw":
         processor = dataclasses.replace(processor, template=None)
     return model, processor, read_images(arguments.image)

@@ -90,7 +90,8 @@ LLAVA_V1_7B = dataclasses.replace(
 )
 LLAVA_V1_13B = dataclasses.replace(LLAVA_V1_7B, text=dataclasses.replace(VICUNA_13B, norm_eps=1e-6, max_positions=2048))
 
-# liuhaotian/llava-v1.6-34b
+# liuhaotian/llava-v1.6-vicuna-7b and liuhaotian/llava-v1.6-34b
+LLAVA_16_7B = dataclasses.replace(LLAVA_15_7B, image_newline=True)
 LLAVA_16_34B = dataclasses.replace(LLAVA_15_7B, text=YI_34B, image_newline=True)
 
 # The quickstart's tokenizer has at most this many tokens.

@@ -46,6 +46,8 @@ PUBLISHED = {
     "llava15_finetune_13b": (2e-5, None, 128, 1, "pad", "projector decoder", None),
     "llava15_finetune_lora_7b": (2e-4, 2e-5, 128, 1, "pad", "projector decoder", (128, 256)),
     "llava15_finetune_lora_13b": (2e-4, 2e-5, 128, 1, "pad", "projector decoder", (128, 256)),
+    "llava15_finetune_qlora_7b": (2e-4, 2e-5, 128, 1, "pad", "projector decoder", (128, 256)),
+    "llava15_finetune_7b_one_gpu": (2e-5, None, 128, 1, "pad", "projector decoder", None),
     "llava15_finetune_task_13b": (2e-5, None, 128, 1, "pad", "projector decoder", None),
     "llava15_finetune_task_lora_13b": (2e-4, 2e-5, 128, 1, "pad", "projector decoder", (128, 256)),
 }

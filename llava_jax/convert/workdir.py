@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -19,9 +20,11 @@ from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.lora import A, B, is_adapter, merged
 from llava_jax.models.parameters import Parameters
+from llava_jax.models.quantized import ABSMAX, CODES, dequantize, is_quantized, kernel_shape
 
 FROZEN = "frozen"
 STEPS = "checkpoints"
+EMBEDDING = "decoder.embed_tokens.embedding"
 # The resolved config of a run, flat.
 CONFIG = "config.json"
 
@@ -124,21 +127,41 @@ def tree_shapes(path: Path) -> dict[str, Any]:
 
 
 def _plain(tensors: Mapping[str, Tensor], workdir: Path) -> dict[str, Tensor]:
-    """A run's parameters as those of its plain model: adapters, if it trained any, are added as each is read."""
-    if not any(map(is_adapter, tensors)):
-        return dict(tensors)
-    config = json.loads((workdir / CONFIG).read_text())
-    scale = config["lora.alpha"] / config["lora.rank"]
+    """A run's parameters as those of its plain model, computed as each is read: quantized kernels made whole again,
+    adapters, if it trained any, added. Such a kernel gets the dtype of the embedding, which was kept as it was found.
+    """
+    plain = {name: tensor for name, tensor in tensors.items() if not is_adapter(name) and not is_quantized(name)}
+    for name in tensors:
+        if name.endswith(CODES):
+            stem = name.removesuffix(CODES)
+            halves = (tensors[name], tensors[stem + ABSMAX])
+            plain[f"{stem}.kernel"] = Tensor(
+                shape=kernel_shape(tensors[name]),
+                dtype=tensors[EMBEDDING].dtype,
+                origin=tensors[name].origin,
+                view=functools.partial(_whole, *halves),
+            )
+    scale = None
+    if any(map(is_adapter, tensors)):
+        config = json.loads((workdir / CONFIG).read_text())
+        scale = config["lora.alpha"] / config["lora.rank"]
 
-    def view(kernel: str, *adapter: str) -> np.ndarray:
-        return merged({name: tensors[name].view() for name in (kernel, *adapter)}, scale)[kernel]
+    def view(kernel: Tensor, *adapter: Tensor) -> np.ndarray:
+        names = ("x.kernel", "x" + A, "x" + B)
+        values = {name: tensor.view() for name, tensor in zip(names, (kernel, *adapter), strict=False)}
+        return merged(values, scale or 0.0)["x.kernel"].astype(kernel.dtype)
 
-    plain = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    for kernel in plain:
-        adapter = [kernel.removesuffix(".kernel") + end for end in (A, B)]
-        if adapter[0] in tensors:
-            plain[kernel] = dataclasses.replace(plain[kernel], view=functools.partial(view, kernel, *adapter))
+    for name, kernel in plain.items():
+        stem = name.removesuffix(".kernel")
+        adapter = [tensors[stem + end] for end in (A, B) if stem + end in tensors]
+        if adapter or stem + CODES in tensors:
+            plain[name] = dataclasses.replace(kernel, view=functools.partial(view, kernel, *adapter))
     return plain
+
+
+def _whole(codes: Tensor, absmax: Tensor) -> np.ndarray:
+    """A quantized kernel in float32, so that it is rounded after an adapter was added, once."""
+    return np.asarray(dequantize(jnp.asarray(codes.view()), jnp.asarray(absmax.view()), jnp.float32))
 
 
 def restore_tree(path: Path, target: Any) -> Parameters:

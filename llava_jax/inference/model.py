@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from PIL import Image
 
-from llava_jax.convert.arrays import place
+from llava_jax.convert.arrays import place_all
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.folder import check_parameters
 from llava_jax.data.conversation import IMAGE_MARK, Span, Template, marked, tokenize
@@ -21,6 +21,7 @@ from llava_jax.errors import CheckpointError, Refused, UserError
 from llava_jax.inference.stopping import Keywords
 from llava_jax.models.build import structure
 from llava_jax.models.parameters import Parameters
+from llava_jax.models.quantized import Scheme, is_quantized
 from llava_jax.shapes import LlavaConfig
 
 
@@ -93,13 +94,17 @@ class Processor:
 
 
 def load(
-    path: str, *, template: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+    path: str,
+    *,
+    template: str | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    quantize: Scheme | None = None,
 ) -> tuple[Model, Processor]:
     """Opens a model for inference: a model folder, a training workdir (newest step), or a folder or hub name of a
     Hugging Face or original LLaVA.
 
     `template` names a conversation template instead of the one that the checkpoint names; `dtype` is what the
-    parameters are held in.
+    parameters are held in; `quantize` holds the decoder's linear layers in 8 or 4 bits instead.
 
     Raises:
       CheckpointError: there is no LLaVA model, or a damaged one; says what is wrong.
@@ -111,11 +116,14 @@ def load(
             f"Only a LLaVA model can answer; {path!r} holds a {type(config).__name__[:-6]} model. "
             "Give the folder of a stage that trains on conversations."
         )
-    graphdef, expected = structure(config)
-    check_parameters(checkpoint.params, expected, path)
+    check_parameters(checkpoint.params, structure(config)[1], path)
+    graphdef, held = structure(config, quantize=quantize)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = {name: place(value, dtype, here) for name, value in checkpoint.params.items()}
-    model = Model(config=config, graphdef=graphdef, params=params)
+    targets = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype if is_quantized(name) else dtype, sharding=here)
+        for name, value in held.items()
+    }
+    model = Model(config=config, graphdef=graphdef, params=place_all(checkpoint.params, targets))
     if checkpoint.tokenizer is None:
         raise CheckpointError(
             f"A model's folder must hold tokenizer.json or tokenizer.model; {path!r} does not. Copy them there."

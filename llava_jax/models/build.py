@@ -12,6 +12,7 @@ from llava_jax.models.clip import Clip
 from llava_jax.models.llava import Llava
 from llava_jax.models.lora import LoraConfig, adapt
 from llava_jax.models.parameters import Parameters, part, skeleton, stack_layers
+from llava_jax.models.quantized import Scheme, quantize_layers
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
 
@@ -27,11 +28,12 @@ def structure(
     *,
     stacked: bool = False,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
+    quantize: Scheme | None = None,
     lora: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Parameters]:
     """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory.
 
-    `lora` puts adapters beside the decoder's layers.
+    `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them.
     """
 
     def build() -> Llava | Clip:
@@ -39,6 +41,8 @@ def structure(
         match config:
             case LlavaConfig():
                 model = Llava(config, stacked=stacked, param_dtype=param_dtype, rngs=_OneKey(0))
+                if quantize is not None:
+                    quantize_layers(model.decoder, quantize)
                 if lora is not None:
                     adapt(model.decoder, lora)
                 return model
@@ -48,7 +52,9 @@ def structure(
     graphdef, values = skeleton(build)
     if stacked:
         # Built with one layer of each run; what it is bound to has all of them.
-        values = jax.eval_shape(stack_layers, structure(config, param_dtype=param_dtype, lora=lora)[1])
+        values = jax.eval_shape(
+            stack_layers, structure(config, param_dtype=param_dtype, quantize=quantize, lora=lora)[1]
+        )
     return graphdef, values
 
 

@@ -1,7 +1,8 @@
 """The Llama decoder: grouped-query attention, rotary positions, RMS norm, gated MLP, KV cache."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -234,3 +235,12 @@ class Llama(nnx.Module):
             causal=True,
             window=self.config.sliding_window,
         )
+
+
+def replace_linear_layers(decoder: Llama, make: Callable[[Any], nnx.Module]) -> None:
+    """Puts `make(layer)` in the place of every linear layer of a decoder's layers, in either form of them."""
+    for layer in decoder.layers if isinstance(decoder.layers, nnx.List) else [decoder.layers]:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(vars(block).items()):
+                if isinstance(linear, nnx.Module):
+                    setattr(block, name, make(linear))

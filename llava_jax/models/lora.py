@@ -1,6 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685): what a frozen linear layer learns, as two thin factors beside its kernel."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from llava_jax.models.llama import Llama
+from llava_jax.models.llama import Llama, replace_linear_layers
 from llava_jax.models.parameters import Parameters
+from llava_jax.models.quantized import QuantizedLinear, kernel_shape, multiply
 
 A, B, DROPOUT = ".lora_a", ".lora_b", ".lora_dropout"
 
@@ -44,31 +46,34 @@ class LoraConfig:
 class AdaptedLinear(nnx.Module):
     """A linear layer with an adapter: `x W + scale * dropout(x) A B` (`lora.Linear` of PEFT).
 
-    W + scale * A B is never formed: it would cost a copy and a gradient of the size of W.
+    W + scale * A B is never formed: it would cost a copy and a gradient of the size of W. W may be quantized (QLoRA,
+    arXiv 2305.14314); the layer's own parameters keep their names.
     """
 
-    def __init__(self, linear: nnx.Linear, config: LoraConfig):
-        wide, wide_out = linear.kernel.shape
-        self.kernel = linear.kernel
-        self.lora_a = nnx.Param(jnp.zeros((wide, config.rank), linear.kernel.dtype))
-        self.lora_b = nnx.Param(jnp.zeros((config.rank, wide_out), linear.kernel.dtype))
+    def __init__(self, linear: nnx.Linear | QuantizedLinear, config: LoraConfig):
+        if isinstance(linear, QuantizedLinear):
+            self.codes, self.absmax = linear.codes, linear.absmax
+            (wide, wide_out), dtype = kernel_shape(linear.codes), jnp.dtype(jnp.float32)
+        else:
+            self.kernel = linear.kernel
+            (wide, wide_out), dtype = linear.kernel.shape, linear.kernel.dtype
+        self.lora_a = nnx.Param(jnp.zeros((wide, config.rank), dtype))
+        self.lora_b = nnx.Param(jnp.zeros((config.rank, wide_out), dtype))
         if config.dropout:
             # Not learned: every step binds a key of its own (see `dropout_keys`).
             self.lora_dropout = nnx.Param(jnp.zeros((2,), jnp.uint32))
+        self.is_quantized = isinstance(linear, QuantizedLinear)
         self.config = config
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         thin = _drop(x, self.lora_dropout[...], self.config.dropout) if self.config.dropout else x
-        return x @ self.kernel[...] + self.config.scale * (thin @ self.lora_a[...]) @ self.lora_b[...]
+        whole = multiply(x, self.codes[...], self.absmax[...]) if self.is_quantized else x @ self.kernel[...]
+        return whole + self.config.scale * (thin @ self.lora_a[...]) @ self.lora_b[...]
 
 
 def adapt(decoder: Llama, config: LoraConfig) -> None:
     """Puts an adapter beside every linear layer of a decoder's layers, in either form of them."""
-    for layer in decoder.layers if isinstance(decoder.layers, nnx.List) else [decoder.layers]:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(vars(block).items()):
-                if isinstance(linear, nnx.Linear):
-                    setattr(block, name, AdaptedLinear(linear, config))
+    replace_linear_layers(decoder, functools.partial(AdaptedLinear, config=config))
 
 
 def is_adapter(name: str) -> bool:

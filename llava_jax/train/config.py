@@ -13,6 +13,7 @@ from typing import Any, Literal
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import UserError
 from llava_jax.models.lora import LoraConfig
+from llava_jax.models.quantized import Scheme
 from llava_jax.shapes import LlavaConfig, ModelConfig
 from llava_jax.train.objectives import Objective, contrastive, patch_contrastive
 
@@ -131,7 +132,8 @@ class TrainConfig:
     `trainable`: the parts that learn, the others get neither gradients nor moments; `stacked`: whether layers
     are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again:
     `elementwise` keeps the results of linear layers and attention, `linear` those of attention, `everything` only
-    what enters each layer; `lora`: the decoder learns through adapters, its own parameters are frozen.
+    what enters each layer; `quantize`: the decoder's linear layers are frozen and held in 8 or 4 bits; `lora`: the
+    decoder learns through adapters, its own parameters are frozen.
     """
 
     model: ModelConfig
@@ -146,6 +148,7 @@ class TrainConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     stacked: bool = False
     remat: Literal["nothing", "elementwise", "linear", "everything"] = "nothing"
+    quantize: Scheme | None = None
     lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     life: LifeConfig = LifeConfig()
@@ -166,6 +169,13 @@ class TrainConfig:
             raise ValueError("trainable must name at least one part of the model; got ().")
         if self.lora is not None and ("decoder" not in self.trainable or not isinstance(self.model, LlavaConfig)):
             raise ValueError(f"lora adapts a decoder that is trained; got trainable={self.trainable}. Add 'decoder'.")
+        if self.quantize is not None and not isinstance(self.model, LlavaConfig):
+            raise ValueError(f"quantize is for a LLaVA's decoder; got a {type(self.model).__name__}. Set it to None.")
+        if self.quantize is not None and self.lora is None and "decoder" in self.trainable:
+            raise ValueError(
+                f"Quantized weights do not learn; got quantize={self.quantize!r} and a decoder that is trained. "
+                "Set lora, or leave 'decoder' out of trainable."
+            )
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
@@ -220,7 +230,7 @@ def _replace(node: Any, path: list[str], text: str, override: str, kind: Any = N
 
 
 def _parse(text: str, kind: Any, override: str) -> Any:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     for option in options:
         if option is type(None) and text.lower() == "none":
             return None
@@ -237,7 +247,8 @@ def _parse(text: str, kind: Any, override: str) -> Any:
         return text
     simple = all(o in (int, float, bool, type(None)) or typing.get_origin(o) is Literal for o in options)
     if simple:
-        raise UserError(f"--set {override}: expected {getattr(kind, '__name__', kind)}; got {text!r}.")
+        name = kind.__name__ if isinstance(kind, type) else kind
+        raise UserError(f"--set {override}: expected {name}; got {text!r}.")
     raise UserError(f"--set {override}: a field of type {kind} cannot be set here; edit the config file.")
 
 

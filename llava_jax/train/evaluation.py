@@ -56,7 +56,7 @@ class HeldOut:
 
         # Dropout is for learning: here adapters see all of their inputs.
         lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
-        graphdef, _ = structure(config.model, stacked=config.stacked, lora=lora)
+        graphdef, _ = structure(config.model, stacked=config.stacked, quantize=config.quantize, lora=lora)
 
         context = make_context(config, mesh)
 

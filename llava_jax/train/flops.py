@@ -15,6 +15,7 @@ from llava_jax.models.lora import dropout_keys
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.train.objectives import Context
 from llava_jax.train.state import Layout
+from llava_jax.train.step import cast
 
 # How the counts are to be read, for whoever prints them.
 CONVENTION = (
@@ -56,8 +57,7 @@ def _attend_freely(
 
 
 def _loss(layout: Layout, trainable: Any, frozen: Any, batch: Any, attend: Any, remat: Remat) -> Float[Array, ""]:
-    values = {name: value.astype(layout.config.compute_dtype) for name, value in (trainable | frozen).items()}
-    values |= dropout_keys(layout.bound, jax.random.key(0))
+    values = cast(trainable | frozen, layout.config.compute_dtype) | dropout_keys(layout.bound, jax.random.key(0))
     context = Context(attend=attend, constrain=unconstrained, remat=remat)
     return layout.config.objective(bind(layout.graphdef, values), batch, context).loss
 

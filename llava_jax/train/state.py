@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import optax
 
-from llava_jax.convert.arrays import place
+from llava_jax.convert.arrays import place_all
 from llava_jax.convert.folder import check_parameters, read_part
 from llava_jax.convert.integrity import Damaged
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import DROPOUT, initial_factor, is_adapter
 from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
+from llava_jax.models.quantized import is_quantized
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
@@ -43,8 +44,10 @@ class Layout:
     def __init__(self, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
         self.config, self.mesh = config, mesh
         # All that the model is bound to in a step: its parameters in memory, and the keys of its dropout.
-        self.graphdef, self.bound = structure(config.model, stacked=config.stacked, lora=config.lora)
-        abstract = structure(config.model, lora=config.lora)[1]
+        self.graphdef, self.bound = structure(
+            config.model, stacked=config.stacked, quantize=config.quantize, lora=config.lora
+        )
+        abstract = structure(config.model, quantize=config.quantize, lora=config.lora)[1]
         self.parameters: Parameters = {n: v for n, v in abstract.items() if not n.endswith(DROPOUT)}
         parts = {part(name) for name in self.parameters}
         for field, names in (("trainable", set(config.trainable)), ("init", set(config.init))):
@@ -61,7 +64,7 @@ class Layout:
             )
         trainable = {n: v for n, v in self.parameters.items() if learns(n, config)}
         frozen = {
-            n: jax.ShapeDtypeStruct(v.shape, config.compute_dtype)
+            n: jax.ShapeDtypeStruct(v.shape, v.dtype if is_quantized(n) else config.compute_dtype)
             for n, v in self.parameters.items()
             if n not in trainable
         }
@@ -106,7 +109,7 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
     for name, source in config.init.items():
         if name not in random:
             found = read_part(source, name, config.model)
-            expected = {n: v for n, v in layout.parameters.items() if part(n) == name and not is_adapter(n)}
+            expected = {n: v for n, v in structure(config.model)[1].items() if part(n) == name}
             check_parameters(found, expected, f"init.{name}={source}")
             values |= found
     for name, value in layout.parameters.items():
@@ -114,9 +117,12 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
             rng = np.random.default_rng((config.seed, zlib.crc32(name.encode())))
             values[name] = initial_factor(name, value.shape, rng)
     trainable, frozen, _ = layout.disk
-    as_found = {n: jax.ShapeDtypeStruct(t.shape, values[n].dtype, sharding=t.sharding) for n, t in frozen.items()}
-    checkpoints.save_frozen(_put(values, as_found))
-    trainable, frozen = _to_memory(layout, tuple(_put(values, targets) for targets in (trainable, frozen)))
+    as_found = {
+        n: t if is_quantized(n) else jax.ShapeDtypeStruct(t.shape, values[n].dtype, sharding=t.sharding)
+        for n, t in frozen.items()
+    }
+    checkpoints.save_frozen(place_all(values, as_found))
+    trainable, frozen = _to_memory(layout, tuple(place_all(values, targets) for targets in (trainable, frozen)))
     make = jax.jit(optimizer.init, out_shardings=_shardings(layout.memory[2]))
     return State(step=0, trainable=trainable, frozen=frozen, opt_state=make(trainable))
 
@@ -180,11 +186,6 @@ def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
         return trees
     targets = layout.memory[: len(trees)]
     return jax.jit(lambda trees: tuple(map(stacked_tree, trees)), out_shardings=_shardings(targets))(trees)
-
-
-def _put(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Values on the mesh, in the dtype of their targets; each device is given its part, and no more is read."""
-    return {name: place(values[name], target.dtype, target.sharding) for name, target in targets.items()}
 
 
 def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:

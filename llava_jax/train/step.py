@@ -17,6 +17,7 @@ from llava_jax.models.attention import ATTENTION
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
 from llava_jax.models.parameters import Parameters, bind
+from llava_jax.models.quantized import is_quantized
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.objectives import Context, Objective, Sums
 from llava_jax.train.sharding import batch_sharding, make_constrain
@@ -133,7 +134,8 @@ def make_step(
 
 
 def cast(values: Parameters, dtype: jax.typing.DTypeLike) -> Parameters:
-    return {name: value.astype(dtype) for name, value in values.items()}
+    """Parameters in the dtype that a step computes in; codes and their scales are dequantized to it as they are."""
+    return {name: value if is_quantized(name) else value.astype(dtype) for name, value in values.items()}
 
 
 def _accumulate(

@@ -177,6 +177,15 @@ def test_a_broken_config_file_is_a_users_error(tmp_path: Path, text: str):
         load_config(str(path))
 
 
+def test_quantized_weights_do_not_learn(config: TrainConfig):
+    with pytest.raises(UserError, match="Quantized weights do not learn; got quantize='nf4'"):
+        apply_override(config, "quantize=nf4")
+    frozen = dataclasses.replace(config, trainable=("projector",))
+    assert apply_override(frozen, "quantize=int8").quantize == "int8"
+    with pytest.raises(UserError, match="expected .*nf4.*; got .int3."):
+        apply_override(frozen, "quantize=int3")
+
+
 def test_overrides_apply_in_order():
     config = load_config(DEBUG, ("data.steps=none", "data.epochs=2", "seed=1", "seed=2"))
     assert (config.data.steps, config.data.epochs, config.seed) == (None, 2, 2)

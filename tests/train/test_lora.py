@@ -14,6 +14,7 @@ from llava_jax.convert.folder import read_parameters
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import LoraConfig, dropout_keys, initial_factor, is_adapter
 from llava_jax.models.parameters import part, stack_layers
+from llava_jax.models.quantized import dequantize, quantize
 from llava_jax.train.config import MeshConfig, OptimConfig, load_config
 from llava_jax.train.metrics import read_metrics
 from llava_jax.train.optim import make_optimizer
@@ -133,6 +134,28 @@ def test_its_workdir_is_a_plain_model_with_the_adapters_merged(trained: Path):
             value = value + config.lora.scale * saved[f"{stem}.lora_a"] @ saved[f"{stem}.lora_b"]
         np.testing.assert_allclose(np.asarray(merged[name]), value, atol=1e-6, err_msg=name)
     assert changed == 7 * config.model.text.num_layers
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stacked", ["false", "true"])
+def test_a_run_on_quantized_weights_opens_as_those_with_its_adapters(tmp_path: Path, stacked: str):
+    overrides = ("quantize=nf4", f"stacked={stacked}")
+    done = train(tmp_path / "run", *overrides)
+    assert done.returncode == 0, done.stderr
+    losses = [loss for _, loss, _, _ in story(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    config = load_config(str(ROOT / CONFIG), overrides)
+    assert config.lora is not None
+    found = read_parameters(str(tmp_path / "run"))
+    assert found.keys() == structure(config.model)[1].keys()
+    saved = {n.partition("['")[2].removesuffix("']"): value for n, value in arrays(tmp_path / "run").items()}
+    start = random_parameters(config.model, ("decoder",), seed=config.seed)
+    stem = "decoder.layers.1.mlp.down_proj"
+    codes, absmax = quantize(jnp.asarray(start[f"{stem}.kernel"]), "nf4")
+    change = config.lora.scale * saved[f"{stem}.lora_a"] @ saved[f"{stem}.lora_b"]
+    assert np.abs(change).max() > 0
+    expected = np.asarray(dequantize(codes, absmax, jnp.float32)) + change
+    np.testing.assert_allclose(np.asarray(found[f"{stem}.kernel"]), expected, atol=1e-6)
 
 
 def test_factors_of_a_stack_are_those_of_its_layers():

@@ -126,7 +126,8 @@ def test_every_layer_of_a_real_size_has_exactly_one_rule(name: str):
 
 def test_every_rule_has_a_parameter():
     adapted = structure(LLAVA, lora=LoraConfig(rank=4, alpha=8.0))[1]
-    paths = {re.sub(r"\.\d+(?=\.)", "", path) for path in (*adapted, *_parameters("tiny clip"))}
+    quantized = structure(LLAVA, quantize="nf4")[1]
+    paths = {re.sub(r"\.\d+(?=\.)", "", path) for path in (*adapted, *quantized, *_parameters("tiny clip"))}
     for pattern, _ in RULES:
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 

@@ -1,0 +1,130 @@
+"""Weights in 8 or 4 bits: linear layers of the decoder as codes and scales, for inference and under adapters."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int8, UInt8
+
+from llava_jax.models.llama import Llama, replace_linear_layers
+
+Scheme = Literal["int8", "nf4"]
+CODES, ABSMAX = ".codes", ".absmax"
+# Inputs of one output that share a scale in nf4.
+BLOCK = 64
+# Quantiles of the normal distribution, scaled to [-1, 1], zero among them (Dettmers et al., arXiv 2305.14314, E).
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+Codes = Int8[Array, "c f"] | UInt8[Array, "c f"]
+
+
+def quantize(kernel: Float[Array, "d f"], scheme: Scheme) -> tuple[Codes, Float[Array, "s f"]]:
+    """Codes of a kernel, and the largest magnitudes that they are shares of, in float32.
+
+    int8: the nearest of -127 ... 127, one scale for each output. nf4: the nearest of 16 levels, a scale for every 64
+    inputs of an output (fewer in the last block), two codes in a byte, the earlier input's in the upper half:
+    those of `quantize_4bit` of bitsandbytes on the transpose.
+    """
+    wide = kernel.astype(jnp.float32)
+    d, f = wide.shape
+    if scheme == "int8":
+        absmax = jnp.abs(wide).max(axis=0, keepdims=True)
+        return jnp.round(wide * 127 / _nonzero(absmax)).astype(jnp.int8), absmax
+    blocks = jnp.pad(wide, ((0, -d % BLOCK), (0, 0))).reshape(-1, BLOCK, f)
+    absmax = jnp.abs(blocks).max(axis=1)
+    shares = (blocks / _nonzero(absmax)[:, None]).reshape(-1, f)[:d]
+    codes = jnp.zeros(shares.shape, jnp.uint8)
+    for low, high in zip(NF4, NF4[1:], strict=False):
+        codes += shares > (low + high) / 2
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def dequantize(codes: Codes, absmax: Float[Array, "s f"], dtype: jax.typing.DTypeLike) -> Float[Array, "d f"]:
+    """The kernel that codes stand for, computed in float32 and rounded once."""
+    if codes.dtype == jnp.int8:
+        return (codes.astype(jnp.float32) * (absmax / 127)).astype(dtype)
+    apart = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(kernel_shape(codes))
+    return (_levels(apart) * jnp.repeat(absmax, BLOCK, axis=0)[: len(apart)]).astype(dtype)
+
+
+def kernel_shape(codes: Any) -> tuple[int, int]:
+    """The shape of the kernel that was quantized."""
+    rows, columns = codes.shape
+    return rows * (1 if codes.dtype == jnp.int8 else 2), columns
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a parameter is half of a quantized kernel, to be kept in its own dtype."""
+    return name.endswith((CODES, ABSMAX))
+
+
+@jax.custom_vjp
+def multiply(x: Float[Array, "b t d"], codes: Codes, absmax: Float[Array, "s f"]) -> Float[Array, "b t f"]:
+    """`x W` with the kernel dequantized to x's dtype for this product alone; only x has a gradient."""
+    # Behind the barrier nothing depends on the weights alone, or XLA would dequantize them before a decoding loop, and
+    # keep what a forward pass dequantized for the backward pass.
+    x, codes, absmax = jax.lax.optimization_barrier((x, codes, absmax))
+    return x @ dequantize(codes, absmax, x.dtype)
+
+
+def _forward(x: Array, codes: Array, absmax: Array) -> tuple[Array, tuple[Array, Array]]:
+    return multiply(x, codes, absmax), (codes, absmax)
+
+
+def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    gradient, codes, absmax = jax.lax.optimization_barrier((gradient, *saved))
+    return gradient @ dequantize(codes, absmax, gradient.dtype).T, None, None
+
+
+multiply.defvjp(_forward, _backward)
+
+
+class QuantizedLinear(nnx.Module):
+    """A linear layer without bias whose kernel is held as codes."""
+
+    def __init__(self, linear: nnx.Linear, scheme: Scheme):
+        d, f = linear.kernel.shape
+        if scheme == "nf4" and d % 2:
+            raise ValueError(f"nf4 holds two inputs in a byte; got a layer of {d}. Use int8.")
+        shapes = ((d, f), (1, f)) if scheme == "int8" else ((d // 2, f), (-(-d // BLOCK), f))
+        self.codes = nnx.Param(jnp.zeros(shapes[0], jnp.int8 if scheme == "int8" else jnp.uint8))
+        self.absmax = nnx.Param(jnp.zeros(shapes[1], jnp.float32))
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
+        return multiply(x, self.codes[...], self.absmax[...])
+
+
+def quantize_layers(decoder: Llama, scheme: Scheme) -> None:
+    """Makes every linear layer of a decoder's layers a quantized one, in either form of them; the head stays whole."""
+    replace_linear_layers(decoder, functools.partial(QuantizedLinear, scheme=scheme))
+
+
+def _levels(codes: UInt8[Array, "d f"]) -> Float[Array, "d f"]:
+    """The level of each code: four rounds of selection, bit by bit, since a table would be gathered from."""
+    chosen: list[Any] = list(NF4)
+    for bit in range(4):
+        is_set = (codes >> bit & 1).astype(bool)
+        chosen = [jnp.where(is_set, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
+    return chosen[0].astype(jnp.float32)
+
+
+def _nonzero(absmax: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(absmax == 0, 1, absmax)
