@@ -37,6 +37,7 @@ PARTS = {
     "Visual Genome": (86_417, 130, 0.30, True),
 }
 DEVICES, PER_DEVICE = 8, 16
+ROWS = (Size(2048, 3), Size(1792, 3), Size(4096, 7))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,23 +117,21 @@ def padded(lengths: Lengths, order: np.ndarray, per_device: int) -> tuple[int, i
     return steps, int(longest.sum()) * per_device, int(longest.max(axis=1).sum()) * step
 
 
-def packed(lengths: Lengths, **batch: int | None) -> tuple[int, int]:
-    """Steps and slots of our plan, padding rows and an unfilled last step included."""
-    count = len(lengths.tokens)
+def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, int, int]:
+    """Steps, slots and real tokens of our plan, padding rows and an unfilled last step included."""
+    count, tokens = len(lengths.tokens), np.minimum(lengths.tokens, capacity.tokens)
     file = RecordFile("drawn", np.zeros((count, 2), np.int64))
     index = Index(
         records=Records(Mix(parts=(Part(source="drawn"),)), (file,)),
-        tokens=lengths.tokens.astype(np.int32),
+        tokens=tokens.astype(np.int32),
         tiles=lengths.has_picture.astype(np.int32),
         refused={},
         fingerprint="",
     )
     settings = {"batch_rows": None, "batch_records": None} | batch
-    plan = make_plan(
-        index, Size(LENGTH, 3), seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=DEVICES, **settings
-    )
+    plan = make_plan(index, capacity, seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=DEVICES, **settings)
     # The last rows of an epoch may not fill a step; every row takes its slots.
-    return plan.num_steps, plan.num_rows * LENGTH
+    return plan.num_steps, plan.num_rows * capacity.tokens, int(tokens.sum())
 
 
 def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
@@ -142,31 +141,35 @@ def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> lis
     records = DEVICES * per_device
     how = "group_by_modality_length" if grouped else "random batches"
     real = int(lengths.tokens.sum())
-    # As many rows as the original's steps have slots on average: the same work a step.
-    rows = max(DEVICES, round(waiting / steps / LENGTH / DEVICES) * DEVICES)
     found = [
-        (f"original: {how}, {records} records", steps, slots),
-        ("  its devices waiting for each other", steps, waiting),
+        (f"original: {how}, {records} records", steps, slots, real),
+        ("its devices waiting for each other", steps, waiting, real),
     ]
-    found += [(f"packed, `batch_records={records}`", *packed(lengths, batch_records=records))]
-    found += [(f"packed, `batch_rows={rows}`", *packed(lengths, batch_rows=rows))]
+    for capacity in ROWS:
+        shape = f"rows of {capacity.tokens} tokens, {capacity.tiles} tiles"
+        # As many rows as the original's steps have slots on average: the same work a step.
+        rows = max(1, round(waiting / steps / capacity.tokens / DEVICES)) * DEVICES
+        found.append((f"{shape}, `batch_records={records}`", *packed(lengths, capacity, batch_records=records)))
+        found.append((f"{shape}, `batch_rows={rows}`", *packed(lengths, capacity, batch_rows=rows)))
     return [
-        f"| {name} | {what} | {number:,} | {taken / number / LENGTH:.1f} | {taken:,} | {real / taken:.1%} |"
-        for what, number, taken in found
+        f"| {name} | {what} | {number:,} | {taken // number:,} | {taken:,} | {used / taken:.1%} |"
+        for what, number, taken, used in found
     ]
 
 
 def main() -> None:
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"# Packing against grouping by length\n\n{__doc__}")
     print(
-        f"{datetime.date.today()}, Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()} CPU."
+        f"{datetime.date.today()}, {versions}, {platform.machine()} CPU, {DEVICES} devices of {PER_DEVICE} records.\n"
     )
+    print("Slots are all that a step computes; real is the share of them that is not padding. `batch_rows` takes about")
+    print("the original's slots a step, so fewer steps are less work; `batch_records` keeps the published steps, each")
     print(
-        f"\n{DEVICES} devices, rows of {LENGTH} tokens and 3 tiles. Slots are all that a step computes; real tokens over\n"
-        "slots is the share that is not padding. The same slots a step, so its steps compare as its slots do, is\n"
-        "`batch_rows`; `batch_records` keeps the published steps and pads to the fullest one."
+        "padded to the fullest of the epoch. In rows of 1792 the few longer records would be refused or cut; here they"
     )
-    head = "\n| lengths | batches | steps | rows a step | slots an epoch | real |\n|---|---|---|---|---|---|"
+    print("are cut.")
+    head = "\n| lengths | batches | steps | slots a step | slots an epoch | real |\n|---|---|---|---|---|---|"
     print(head)
     mix = mix665k(np.random.default_rng(0))
     print("\n".join(_rows("mix665k", mix, PER_DEVICE, grouped=True)), flush=True)

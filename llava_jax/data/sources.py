@@ -185,7 +185,7 @@ class TfdsRecords:
                     "TFDS data need tensorflow-datasets; it is not installed: pip install 'llava_jax[tfds]'."
                 ) from None
             try:
-                builder = tfds.builder_from_directory(self._source.folder)
+                builder: Any = tfds.builder_from_directory(self._source.folder)
                 keep = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
                 self._reader = builder.as_data_source(split=self._source.split, decoders=keep)
             except (OSError, ValueError, KeyError, NotImplementedError, AssertionError) as error:
