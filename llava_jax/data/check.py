@@ -1,34 +1,61 @@
-"""Reads every record of a file once, pictures decoded, and counts what is refused, by reason."""
+"""Reads every record once, pictures decoded, counts what is refused, by reason, and says how well the rest packs."""
 
 import collections
-import sys
+import functools
 
 import numpy as np
-from tqdm import tqdm
 
-from llava_jax.data.records import RecordFile, find_spans
-from llava_jax.data.rows import Needs, RowFormat
+from llava_jax.data.index import Index
+from llava_jax.data.mix import Choice, Records, as_mix, open_records
+from llava_jax.data.plan import pack
+from llava_jax.data.rows import Needs, RowFormat, Size
+from llava_jax.data.workers import ask_all
 from llava_jax.errors import Refused
 
 # Refusals of each reason that are shown in full.
 SHOWN = 3
 
 
-def check_records(path: str, rows: RowFormat, needs: Needs) -> dict[str, list[str]]:
+def check_records(
+    records: Choice, rows: RowFormat, needs: Needs, *, num_workers: int | None = None
+) -> dict[str, list[str]]:
     """The details of every refused record by reason; nothing is written or cached."""
-    records = RecordFile(path, find_spans(path), as_written=rows.as_written)
+    opened = open_records(as_mix(records), as_written=rows.as_written)
     refused: dict[str, list[str]] = collections.defaultdict(list)
-    for i in tqdm(range(len(records)), desc=f"checking {path}", unit="record", disable=None, file=sys.stderr):
-        try:
-            record = records[i]
-            rows.measure(record, needs)
-            rows.load(record, needs, np.random.default_rng(0))
-        except Refused as refusal:
-            refused[refusal.reason].append(f"record {i}: {refusal.detail}")
-    num_refused = sum(map(len, refused.values()))
-    print(f"{path}: {len(records):,} records, {len(records) - num_refused:,} usable, {num_refused:,} refused")
+    tokens, tiles = np.zeros(len(opened), np.int32), np.zeros(len(opened), np.int32)
+    ask = functools.partial(_check, opened, rows, needs)
+    found = ask_all(ask, len(opened), label=f"checking {opened.path}", num_workers=num_workers)
+    for i, (size, refusal) in enumerate(found):
+        tokens[i], tiles[i] = size
+        if refusal is not None:
+            refused[refusal[0]].append(f"{opened.describe(i)}: {refusal[1]}")
+    for part, source in enumerate(opened.sources):
+        _report(source.path, tokens[opened.starts[part] : opened.starts[part + 1]])
+    if len(opened.sources) > 1:
+        _report("all of them", tokens)
     for reason, details in sorted(refused.items()):
         print(f"  {reason}: {len(details):,}")
         for detail in details[:SHOWN]:
             print(f"    {detail}")
+    index = Index(records=opened, tokens=tokens, tiles=tiles, refused={}, fingerprint="")
+    if len(index.usable):
+        packed = pack(np.random.default_rng(0).permutation(index.usable), index, rows.capacity)
+        share = tokens.sum(dtype=np.int64) / (len(packed) * rows.capacity.tokens)
+        print(f"every record once packs into {len(packed):,} rows of {rows.capacity.tokens:,} tokens, {share:.1%} full")
     return dict(refused)
+
+
+def _report(name: str, tokens: np.ndarray) -> None:
+    usable = int(np.count_nonzero(tokens))
+    print(f"{name}: {len(tokens):,} records, {usable:,} usable, {len(tokens) - usable:,} refused")
+
+
+def _check(records: Records, rows: RowFormat, needs: Needs, i: int) -> tuple[Size, tuple[str, str] | None]:
+    """What a record takes, or nothing, the reason and the detail of its refusal."""
+    try:
+        record = records[i]
+        size = rows.measure(record, needs)
+        rows.load(record, needs, np.random.default_rng(0))
+        return size, None
+    except Refused as refusal:
+        return Size(0, 0), (refusal.reason, refusal.detail)

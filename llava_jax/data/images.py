@@ -1,5 +1,6 @@
 """Pictures: opened under limits, brought to tiles of the tower's size, kept as bytes."""
 
+import io
 import math
 import os
 from pathlib import Path
@@ -25,14 +26,15 @@ MAX_ASPECT = 200
 PAD_COLOUR = (122, 116, 104)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The picture of a file, header read and limits checked, nothing decoded yet.
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """The picture of a file or of a file's bytes, header read and limits checked, nothing decoded yet.
 
     Raises:
       Refused: the file is missing, no picture of a known format, or larger than the limits.
     """
+    path = "the picture in the record" if isinstance(source, bytes) else source
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError:
         raise Refused("missing picture", f"{path} does not exist") from None
     except Image.DecompressionBombError as error:
@@ -47,6 +49,11 @@ def open_image(path: str | Path) -> Image.Image:
             f"{path} is {width}x{height}; at most {MAX_SIDE} a side, {MAX_PIXELS} pixels, aspect {MAX_ASPECT}",
         )
     return image
+
+
+def find_picture(root: str, image: str | bytes) -> Path | bytes:
+    """Where a record's picture is; refuses names that leave the picture folder."""
+    return image if isinstance(image, bytes) else resolve(root, image)
 
 
 def resolve(root: str, name: str) -> Path:

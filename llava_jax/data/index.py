@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,21 +13,25 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
-from llava_jax.data.records import RecordFile, find_spans
+from llava_jax.data.mix import Choice, Mix, Records, as_mix, fingerprint_mix, open_records
+from llava_jax.data.records import RecordFile
 from llava_jax.data.rows import Needs, RowFormat, Size
+from llava_jax.data.workers import ask_all
 from llava_jax.errors import DataError, Refused
 
 # Raise when the meaning of a cached index changes.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+
+# Byte ranges of records in a cached index, by part.
+SPANS = "spans_"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
-    """Sizes of the records of one file; a refused record has size zero and its reason in `refused`."""
+    """Sizes of the records of a mix; a refused record has size zero and its reason in `refused`."""
 
-    records: RecordFile
+    records: Records
     tokens: Int[np.ndarray, " n"]
     tiles: Int[np.ndarray, " n"]
     refused: dict[int, str]
@@ -34,7 +39,7 @@ class Index:
 
     @property
     def usable(self) -> Int[np.ndarray, " u"]:
-        """Numbers of the records that can be trained on, in file order."""
+        """Numbers of the records that can be trained on, in their order."""
         return np.flatnonzero(self.tokens)
 
     def size(self, record: int) -> Size:
@@ -45,23 +50,25 @@ class Index:
         return dict(collections.Counter(detail.partition(":")[0] for detail in self.refused.values()))
 
 
-def load_index(path: str, rows: RowFormat, needs: Needs, cache: Path) -> Index:
-    """The index of a record file, from `cache` if nothing that decides it has changed, else measured.
+def load_index(records: Choice, rows: RowFormat, needs: Needs, cache: Path, *, num_workers: int | None = None) -> Index:
+    """The index of a run's records, from `cache` if nothing that decides it has changed, else measured.
 
-    A picture that changes on disk is not noticed until it is read: only names and headers are read here.
+    A picture that changes on disk is not noticed until it is read: only names and headers are read here. It is the
+    same for any number of measuring processes; None takes as many as there are CPUs, once there is enough to do.
     """
-    fingerprint = _fingerprint(path, rows, needs)
+    mix = as_mix(records)
+    fingerprint = _fingerprint(mix, rows, needs)
     stored = cache / f"index-{fingerprint[:16]}.npz"
     if stored.is_file():
         try:
-            index = _read(stored, path, fingerprint, as_written=rows.as_written)
+            index = _read(stored, mix, fingerprint, as_written=rows.as_written)
             # Refused records are looked at again: their pictures may have been mended, and they are few.
-            if all(_size(index.records, i, rows, needs)[1] == detail for i, detail in index.refused.items()):
+            if all(_size(index.records, rows, needs, i)[1] == detail for i, detail in index.refused.items()):
                 return index
         except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
             # A cache is only a cache: whatever is wrong with it, measuring again mends it.
             stored.unlink()
-    index = _measure(path, rows, needs, fingerprint)
+    index = _measure(open_records(mix, as_written=rows.as_written), rows, needs, fingerprint, num_workers)
     _write(stored, index)
     return index
 
@@ -73,23 +80,24 @@ def check_refusals(index: Index, max_refused: float) -> None:
         first, detail = next(iter(index.refused.items()))
         raise DataError(
             f"At most {max_refused:.1%} of the records may be refused; {num_refused} of {num_records} were in "
-            f"{index.records.path} ({index.counts()}; first: record {first}, {detail}). "
+            f"{index.records.path} ({index.counts()}; first: {index.records.describe(first)}, {detail}). "
             "Mend the data, or raise data.max_refused."
         )
 
 
-def _measure(path: str, rows: RowFormat, needs: Needs, fingerprint: str) -> Index:
-    records = RecordFile(path, find_spans(path), as_written=rows.as_written)
+def _measure(records: Records, rows: RowFormat, needs: Needs, fingerprint: str, num_workers: int | None) -> Index:
     tokens, tiles = np.zeros(len(records), np.int32), np.zeros(len(records), np.int32)
     refused: dict[int, str] = {}
-    for i in tqdm(range(len(records)), desc=f"measuring {Path(path).name}", unit="record", disable=None, leave=False):
-        (tokens[i], tiles[i]), detail = _size(records, i, rows, needs)
+    ask = functools.partial(_size, records, rows, needs)
+    sizes = ask_all(ask, len(records), label=f"measuring {records.path}", num_workers=num_workers)
+    for i, (size, detail) in enumerate(sizes):
+        tokens[i], tiles[i] = size
         if detail is not None:
             refused[i] = detail
     return Index(records=records, tokens=tokens, tiles=tiles, refused=refused, fingerprint=fingerprint)
 
 
-def _size(records: RecordFile, record: int, rows: RowFormat, needs: Needs) -> tuple[Size, str | None]:
+def _size(records: Records, rows: RowFormat, needs: Needs, record: int) -> tuple[Size, str | None]:
     """What a record takes, or nothing and the reason why it is refused."""
     try:
         return rows.measure(records[record], needs), None
@@ -97,36 +105,34 @@ def _size(records: RecordFile, record: int, rows: RowFormat, needs: Needs) -> tu
         return Size(0, 0), str(refusal)
 
 
-def _fingerprint(path: str, rows: RowFormat, needs: Needs) -> str:
-    if not Path(path).is_file():
-        raise DataError(f"data.records must name a JSON or JSONL file; got {path!r}, which does not exist.")
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+def _fingerprint(mix: Mix, rows: RowFormat, needs: Needs) -> str:
     # Templates hold functions, whose repr has an address; their fields' values are what matters.
     shape = json.dumps(dataclasses.asdict(rows), default=lambda value: value.__qualname__, sort_keys=True)
-    words = (INDEX_VERSION, content, shape, needs.tokenizer.fingerprint(), needs.image_size, needs.num_features)
+    looks = (needs.tokenizer.fingerprint(), needs.image_size, needs.num_features)
+    words = (INDEX_VERSION, fingerprint_mix(mix), shape, *looks)
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
 def _write(stored: Path, index: Index) -> None:
     stored.parent.mkdir(parents=True, exist_ok=True)
-    details = json.dumps(index.refused).encode()
+    sources = enumerate(index.records.sources)
+    spans = {f"{SPANS}{part}": source.spans for part, source in sources if isinstance(source, RecordFile)}
+    arrays = {
+        "tokens": index.tokens,
+        "tiles": index.tiles,
+        "refused": np.frombuffer(json.dumps(index.refused).encode(), np.uint8),
+    }
     with tempfile.NamedTemporaryFile(dir=stored.parent, suffix=".tmp", delete=False) as file:
-        np.savez(
-            file,
-            spans=index.records.spans,
-            tokens=index.tokens,
-            tiles=index.tiles,
-            refused=np.frombuffer(details, np.uint8),
-        )
+        np.savez(file, allow_pickle=False, **arrays, **spans)
     os.replace(file.name, stored)
 
 
-def _read(stored: Path, path: str, fingerprint: str, *, as_written: bool) -> Index:
+def _read(stored: Path, mix: Mix, fingerprint: str, *, as_written: bool) -> Index:
     with np.load(stored, allow_pickle=False) as arrays:
+        spans = {int(name.removeprefix(SPANS)): arrays[name] for name in arrays.files if name.startswith(SPANS)}
         refused = {int(i): detail for i, detail in json.loads(arrays["refused"].tobytes()).items()}
         return Index(
-            records=RecordFile(path, arrays["spans"], as_written=as_written),
+            records=open_records(mix, as_written=as_written, spans=spans),
             tokens=arrays["tokens"],
             tiles=arrays["tiles"],
             refused=refused,

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
-import threading
 import zlib
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
@@ -17,6 +15,7 @@ from jaxtyping import Int
 from llava_jax.data.index import Index
 from llava_jax.data.plan import Plan
 from llava_jax.data.rows import Example, Needs, Row, RowFormat
+from llava_jax.data.workers import follow_the_parent_alone
 from llava_jax.errors import DataError, Refused
 
 Batch = dict[str, np.ndarray]
@@ -70,8 +69,8 @@ class RowReader:
             except Refused as error:
                 refusal = refusal or error
         raise DataError(
-            f"A damaged record must have a substitute of at most {room}; record {record} of "
-            f"{self.index.records.path} has none ({refusal}). Mend the data."
+            f"A damaged record must have a substitute of at most {room}; {self.index.records.describe(record)} "
+            f"has none ({refusal}). Mend the data."
         )
 
 
@@ -85,7 +84,7 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
     dataset = grain.MapDataset.source(reader).batch(len(reader.places)).to_iter_dataset(options)
     if num_workers:
         _parse_absl_flags()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _follow_the_parent_alone)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _start_worker)
     with _for_workers():
         batches = iter(dataset)
         first = next(batches, None)
@@ -98,21 +97,9 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
         batches.close()
 
 
-def _follow_the_parent_alone(worker: int, num_workers: int) -> None:
-    """Runs in a worker: it ends with the run, and does not listen to a scheduler that signals the whole group.
-
-    A run that is asked to stop still needs its next batches.
-    """
+def _start_worker(worker: int, num_workers: int) -> None:
     del worker, num_workers
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    follow_the_parent_alone()
 
 
 def _parse_absl_flags() -> None:

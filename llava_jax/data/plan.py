@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from llava_jax.data.index import Index
 from llava_jax.data.rows import Size
@@ -154,13 +154,26 @@ def pack(order: Sequence[int] | Int[np.ndarray, " n"], index: Index, capacity: S
 
 def _orders(index: Index, *, seed: int, shuffle: bool, fill_refused: bool) -> Iterator[Int[np.ndarray, " n"]]:
     """The records of each epoch in the order in which they are packed."""
-    usable = index.usable
+    usable, weights = index.usable, index.records.weights
+    whole, rest = np.divmod(weights[usable], 1.0)
     epoch = 0
     while True:
         rng = np.random.default_rng((seed, epoch))
-        order = usable
-        if fill_refused and len(usable) < len(index.records):
-            extra = rng.choice(usable, len(index.records) - len(usable))
-            order = np.concatenate([usable, extra])
+        order = np.repeat(usable, whole.astype(np.int64))
+        if rest.any():
+            order = np.sort(np.concatenate([order, usable[_draw(rest, rng)]]))
+        missing = int(weights.sum() + 0.5) - len(order)
+        if fill_refused and missing > 0 and len(usable) < len(index.records):
+            order = np.concatenate([order, rng.choice(order, missing)])
         yield rng.permutation(order) if shuffle else order
         epoch += 1
+
+
+def _draw(shares: Float[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " k"]:
+    """Each number with the chance of its share; of numbers with equal shares as many as that makes, give or take one.
+
+    Example: shares [0.5, 0.5, 0, 0.5, 0.5] give two of the numbers 0, 1, 3, 4.
+    """
+    order = np.lexsort((rng.random(len(shares)), shares))
+    steps = np.floor(np.cumsum(shares[order]) + 0.5)
+    return order[np.diff(steps, prepend=0.0) > 0]

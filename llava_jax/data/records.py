@@ -1,7 +1,10 @@
 """Records in the original's JSON format: where each lies in its file, and what a well-formed one holds."""
 
+import base64
+import binascii
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +20,9 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
     "assistant": "assistant",
 }
 
+# What JSON takes for white space, see RFC 8259.
+_SPACE = re.compile(r"[ \t\n\r]*")
+
 
 class Turn(NamedTuple):
     role: Literal["user", "assistant"]
@@ -24,15 +30,16 @@ class Turn(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One sample: relative picture names, and turns that alternate and begin with the user."""
+    """One sample: pictures, as relative names or bytes of files, and turns that alternate and begin with the user."""
 
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
 
 
 def parse_record(value: Any, *, as_written: bool = False) -> Record:
     """Checks one JSON value against the format of the original (`docs/Finetune_Custom_Data.md` there).
 
+    A picture that comes with its record is `{"bytes": ...}`, in JSON as base64, as Hugging Face's Image feature has it.
     A conversation that opens with the assistant loses that turn, as in `preprocess_v1` of the original; `as_written`
     leaves this, and whether turns alternate, to the caller.
 
@@ -42,12 +49,11 @@ def parse_record(value: Any, *, as_written: bool = False) -> Record:
     if not isinstance(value, dict):
         raise Refused("malformed", f"a record must be a JSON object; got {_show(value)}")
     images = value.get("image", ())
-    if isinstance(images, str):
+    if isinstance(images, str | dict):
         images = (images,)
-    if not isinstance(images, list | tuple) or not all(isinstance(name, str) and name for name in images):
-        raise Refused("malformed", f"'image' must be a file name or a list of them; got {_show(value['image'])}")
-    for name in images:
-        _require_unicode(name)
+    if not isinstance(images, list | tuple):
+        raise Refused("malformed", f"'image' must be a picture or a list of them; got {_show(images)}")
+    images = [_parse_image(image) for image in images]
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise Refused("malformed", f"'conversations' must be a list of turns; got {_show(conversations)}")
@@ -60,6 +66,21 @@ def parse_record(value: Any, *, as_written: bool = False) -> Record:
         if turn.role != ("user", "assistant")[i % 2]:
             raise Refused("malformed", f"turns must alternate between human and gpt; turn {i} is again {turn.role}")
     return Record(tuple(images), tuple(turns))
+
+
+def _parse_image(value: Any) -> str | bytes:
+    if isinstance(value, str) and value:
+        _require_unicode(value)
+        return value
+    content = value.get("bytes") if isinstance(value, dict) else None
+    if isinstance(content, str):
+        try:
+            content = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError):
+            content = None
+    if not isinstance(content, bytes):
+        raise Refused("malformed", f"a picture must be a file name or {{'bytes': base64}}; got {_show(value)}")
+    return content
 
 
 def _parse_turn(value: Any) -> Turn:
@@ -147,15 +168,22 @@ def _line_spans(data: bytes) -> list[tuple[int, int]]:
     return spans
 
 
+def _skip(text: str, at: int) -> int:
+    """The next place that is not white space."""
+    found = _SPACE.match(text, at)
+    assert found is not None, "no white space is also a match"
+    return found.end()
+
+
 def _list_spans(data: bytes) -> list[tuple[int, int]]:
     text = data.decode("utf-8-sig")
-    decode, skip = json.JSONDecoder().raw_decode, json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    decode = json.JSONDecoder().raw_decode
     offset = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)
     spans: list[tuple[int, int]] = []
-    at = skip(text, 0).end()
+    at = _skip(text, 0)
     if text[at : at + 1] != "[":
         raise ValueError(f"expected a list, found {text[at : at + 20]!r}")
-    at = skip(text, at + 1).end()
+    at = _skip(text, at + 1)
     byte, seen = offset, 0
     while text[at : at + 1] != "]":
         _, end = decode(text, at)
@@ -163,14 +191,14 @@ def _list_spans(data: bytes) -> list[tuple[int, int]]:
         byte = start_byte + len(text[at:end].encode())
         spans.append((start_byte, byte))
         seen = end
-        at = skip(text, end).end()
+        at = _skip(text, end)
         if text[at : at + 1] == ",":
-            at = skip(text, at + 1).end()
+            at = _skip(text, at + 1)
             if text[at : at + 1] == "]":
                 raise json.JSONDecodeError("expected a record after ','", text, at)
         elif text[at : at + 1] != "]":
             raise json.JSONDecodeError("expected ',' or ']'", text, at)
-    at = skip(text, at + 1).end()
+    at = _skip(text, at + 1)
     if at != len(text):
         raise json.JSONDecodeError("expected nothing after the list", text, at)
     return spans

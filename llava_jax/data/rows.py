@@ -20,7 +20,7 @@ from llava_jax.data.conversation import (
     Tokenized,
     tokenize,
 )
-from llava_jax.data.images import ImageMode, OneTile, cut_tiles, decode, find_layout, open_image, resolve
+from llava_jax.data.images import ImageMode, OneTile, cut_tiles, decode, find_layout, find_picture, open_image
 from llava_jax.data.records import Record
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError, Refused
@@ -150,7 +150,7 @@ class Conversations:
 
     def _open(self, record: Record, needs: Needs) -> tuple[list[Image.Image], list[Layout]]:
         """The record's pictures, headers read, and the slots that they take."""
-        images = [open_image(resolve(needs.image_root, name)) for name in record.images]
+        images = [open_image(find_picture(needs.image_root, name)) for name in record.images]
         shape = {"image_size": needs.image_size, "num_features": needs.num_features}
         return images, [find_layout(image.size, self.image_mode, **shape) for image in images]
 
@@ -275,7 +275,7 @@ class Captions:
             raise Refused("image count", f"the question must hold one {IMAGE_MARK}; got {record.turns[0].text!r}")
         if not record.turns[1].text.strip():
             raise Refused("nothing to learn", "the caption is empty")
-        open_image(resolve(needs.image_root, record.images[0])).close()
+        open_image(find_picture(needs.image_root, record.images[0])).close()
         return self.capacity
 
     def load(self, record: Record, needs: Needs, rng: np.random.Generator) -> Example:
@@ -283,7 +283,7 @@ class Captions:
         tokenizer = needs.tokenizer
         opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         ids = [*opening, *tokenizer.encode(record.turns[1].text).ids][: self.length - 1] + [tokenizer.eos_id]
-        image = open_image(resolve(needs.image_root, record.images[0]))
+        image = open_image(find_picture(needs.image_root, record.images[0]))
         pixels = decode(image, size=needs.image_size, mode=self.image_mode)
         if self.augment is not None:
             pixels = self.augment(pixels, rng)

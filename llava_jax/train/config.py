@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_jax.data.mix import Choice
 from llava_jax.data.rows import RowFormat
 from llava_jax.errors import UserError
 from llava_jax.models.lora import LoraConfig
@@ -22,11 +23,11 @@ from llava_jax.train.objectives import Objective, contrastive, patch_contrastive
 class DataConfig:
     """What is read and how it is batched; exactly one of each pair `batch_*` and of `epochs`, `steps` is set.
 
-    `records`: JSON or JSONL file; `image_root`: folder that picture names are relative to; `tokenizer`: folder
+    `records`: what is read, see `as_mix`; `image_root`: folder that picture names are relative to; `tokenizer`: folder
     with tokenizer.json; `max_refused`: share of records that may be unusable before the run refuses to start.
     """
 
-    records: str
+    records: Choice
     image_root: str
     tokenizer: str
     rows: RowFormat
@@ -259,6 +260,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         header = {f"{prefix}type": type(config).__name__} if prefix else {}
     elif isinstance(config, Mapping):
         items, header = list(config.items()), {}
+    elif isinstance(config, tuple) and any(map(dataclasses.is_dataclass, config)):
+        items, header = list(enumerate(config)), {}
     else:
         return {prefix.removesuffix("."): config.__name__ if callable(config) else config}
     leaves = header

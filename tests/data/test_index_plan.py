@@ -10,24 +10,34 @@ import numpy as np
 import pytest
 
 from llava_jax.data import index as index_module
+from llava_jax.data import workers
 from llava_jax.data.index import Index, check_refusals, load_index
+from llava_jax.data.mix import Mix, Part, Records, as_mix, open_records
 from llava_jax.data.plan import Plan, make_plan, pack
 from llava_jax.data.records import RecordFile
 from llava_jax.data.rows import Augment, Captions, Conversations, Needs, Size
 from llava_jax.data.templates import PLAIN, V1
 from llava_jax.data.tokenizer import open_tokenizer
+from llava_jax.data.workers import ask_all
 from llava_jax.errors import DataError
 
 ROWS = Conversations(template=V1, length=256, tiles=4)
 CAPACITY = Size(100, 3)
 
 
-def _index(tokens, tiles=None, refused=()) -> Index:
+def _records(num_records: int, weights: tuple[float, ...] = (1.0,)) -> Records:
+    """Parts of equal length that lie nowhere."""
+    parts = tuple(Part(source="none.json", weight=weight) for weight in weights)
+    spans = np.zeros((num_records // len(weights), 2), np.int64)
+    return Records(Mix(parts=parts), tuple(RecordFile("none.json", spans) for _ in parts))
+
+
+def _index(tokens, tiles=None, refused=(), weights=(1.0,)) -> Index:
     tokens = np.array(tokens, np.int32)
     tiles = np.zeros_like(tokens) if tiles is None else np.array(tiles, np.int32)
     tokens[list(refused)] = 0
     return Index(
-        records=RecordFile("none.json", np.zeros((len(tokens), 2), np.int64)),
+        records=_records(len(tokens), weights),
         tokens=tokens,
         tiles=tiles,
         refused={int(i): "malformed: x" for i in refused},
@@ -260,9 +270,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     measure = index_module._measure
 
-    def counted(path: str, *arguments):
-        calls.append(path)
-        return measure(path, *arguments)
+    def counted(records: Records, *arguments):
+        calls.append(records.path)
+        return measure(records, *arguments)
 
     monkeypatch.setattr(index_module, "_measure", counted)
     return calls
@@ -271,7 +281,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _assert_same(first: Index, second: Index) -> None:
     for name in ("tokens", "tiles"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
-    np.testing.assert_array_equal(first.records.spans, second.records.spans)
+    for one, other in zip(first.records.sources, second.records.sources, strict=True):
+        np.testing.assert_array_equal(one.spans, other.spans)
     assert first.refused == second.refused
     assert first.fingerprint == second.fingerprint
 
@@ -401,3 +412,41 @@ def test_a_copied_file_keeps_its_fingerprint(copied: Path, tmp_path: Path):
 def test_a_missing_file_is_named(copied: Path):
     with pytest.raises(DataError, match="none.json"):
         load_index(str(copied / "none.json"), ROWS, _needs(copied), copied / "cache")
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers_measures_the_same(copied: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int):
+    _spoil(copied, 3, 10)
+    monkeypatch.setattr(workers, "CHUNK", 7)
+    arguments = (str(copied / "records.json"), ROWS, _needs(copied))
+    alone = load_index(*arguments, copied / "alone", num_workers=0)
+    _assert_same(load_index(*arguments, copied / "many", num_workers=num_workers), alone)
+    assert set(alone.refused) == {3, 10}
+
+
+def test_a_source_that_breaks_in_a_worker_stops_the_run(copied: Path):
+    path = copied / "records.json"
+    records = open_records(as_mix(str(path)), as_written=False)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(ask_all(records.__getitem__, len(records), label="x", num_workers=1))
+
+
+def test_weights_say_how_often_an_epoch_reads_each_record():
+    index = _index(np.full(300, 1), weights=(1.0, 2.5, 0.25))
+    epochs = _plan(index, Size(1, 0), batch_rows=375, epochs=2).records.reshape(2, 375)
+    for epoch in epochs:
+        counts = np.bincount(epoch, minlength=300)
+        assert (counts[:100] == 1).all()
+        assert set(counts[100:200]) == {2, 3}
+        assert counts[100:200].sum() == 250
+        assert set(counts[200:]) == {0, 1}
+        assert counts[200:].sum() == 25
+    assert (np.bincount(epochs[0], minlength=300) != np.bincount(epochs[1], minlength=300)).any()
+
+
+def test_weighted_epochs_keep_their_length_when_records_are_refused():
+    index = _index(np.full(300, 1), refused=range(100, 120), weights=(1.0, 2.0, 0.5))
+    plan = _plan(index, Size(1, 0), batch_records=50, epochs=2)
+    assert len(plan.records) == 700
+    assert not np.isin(plan.records, range(100, 120)).any()

@@ -1,0 +1,185 @@
+"""Packing against the original's grouping by length, on lengths like those of its data sets; a few minutes of one CPU.
+
+python benchmarks/packing.py > benchmarks/results/packing.md
+
+The lengths are drawn, since the data sets are not here: mix665k by its published parts (counts of the LLaVA
+repository's issue 702), words of every part from a log-normal whose mean and spread are this file's guess, 1.35 tokens
+a word, 576 slots a picture; and the 558k captions. So the shares below are of these guesses, which the second table
+varies; `llava-jax data check` prints how real records pack.
+"""
+
+import dataclasses
+import datetime
+import platform
+
+import numpy as np
+
+from llava_jax.data.index import Index
+from llava_jax.data.mix import Mix, Part, Records
+from llava_jax.data.plan import make_plan
+from llava_jax.data.records import RecordFile
+from llava_jax.data.rows import Size
+
+PICTURE, LENGTH, WORD = 576, 2048, 1.35
+# What the template adds to every record: BOS, the system prompt, the roles of an exchange.
+OPENING = 45
+# Of mix665k: records, mean words, sigma of the logarithm, whether with a picture.
+PARTS = {
+    "LLaVA-Instruct": (157_712, 180, 0.45, True),
+    "ShareGPT": (40_688, 900, 0.70, False),
+    "VQAv2": (82_783, 75, 0.35, True),
+    "GQA": (72_140, 130, 0.50, True),
+    "OKVQA": (8_998, 25, 0.30, True),
+    "OCR-VQA": (80_000, 75, 0.30, True),
+    "A-OKVQA": (66_160, 40, 0.20, True),
+    "TextCaps": (21_953, 45, 0.40, True),
+    "RefCOCO": (48_447, 110, 0.45, True),
+    "Visual Genome": (86_417, 130, 0.30, True),
+}
+DEVICES, PER_DEVICE = 8, 16
+ROWS = (Size(2048, 3), Size(1792, 3), Size(4096, 7))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Of every record its tokens in a row, its words as the original counts them, and whether it has a picture."""
+
+    tokens: np.ndarray
+    words: np.ndarray
+    has_picture: np.ndarray
+
+
+def mix665k(rng: np.random.Generator, stretch: float = 1.0) -> Lengths:
+    """`stretch` multiplies the words of every part."""
+    parts = []
+    for count, mean, sigma, has_picture in PARTS.values():
+        words = stretch * mean * np.exp(sigma * rng.standard_normal(count) - sigma**2 / 2)
+        parts.append((words, np.full(count, has_picture)))
+    words, has_picture = map(np.concatenate, zip(*parts, strict=True))
+    return _lengths(words, has_picture, OPENING)
+
+
+def captions558k(rng: np.random.Generator) -> Lengths:
+    words = 10 * np.exp(0.45 * rng.standard_normal(558_128))
+    return _lengths(words, np.ones(558_128, bool), 2)
+
+
+def _lengths(words: np.ndarray, has_picture: np.ndarray, opening: int) -> Lengths:
+    words = np.maximum(words, 1).astype(np.int64)
+    tokens = (WORD * words).astype(np.int64) + opening + PICTURE * has_picture
+    # `lengths` of the original's dataset adds 128 for a picture, `modality_lengths`, which grouping uses, nothing.
+    return Lengths(np.minimum(tokens, LENGTH), words, has_picture)
+
+
+def group_by_modality_length(lengths: Lengths, rng: np.random.Generator) -> np.ndarray:
+    """The original's order (`get_modality_length_grouped_indices`, llava/train/llava_trainer.py)."""
+    megabatch = DEVICES * PER_DEVICE
+    whole, left = [], []
+    for numbers in (np.flatnonzero(lengths.has_picture), np.flatnonzero(~lengths.has_picture)):
+        order = numbers[_group_by_length(lengths.words[numbers], rng)]
+        parts = [order[at : at + megabatch] for at in range(0, len(order), megabatch)]
+        whole += parts[:-1]
+        left += parts[-1:]
+    shuffled = [whole[i] for i in rng.permutation(len(whole))]
+    return np.concatenate([*shuffled, np.sort(np.concatenate(left))])
+
+
+def _group_by_length(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`get_length_grouped_indices`: inside every megabatch, chunks of about equal sums for the devices."""
+    order, megabatch = rng.permutation(len(words)), DEVICES * PER_DEVICE
+    out = []
+    for at in range(0, len(order), megabatch):
+        part = order[at : at + megabatch]
+        part = part[np.argsort(-words[part], kind="stable")]
+        if len(part) % DEVICES:
+            out += [part[device::DEVICES] for device in range(DEVICES)]
+            continue
+        room, sums = len(part) // DEVICES, np.zeros(DEVICES)
+        chunks: list[list[int]] = [[] for _ in range(DEVICES)]
+        for record in part.tolist():
+            shortest = int(np.argmin(sums))
+            chunks[shortest].append(record)
+            sums[shortest] = sums[shortest] + words[record] if len(chunks[shortest]) < room else np.inf
+        out += [np.array(chunk) for chunk in chunks]
+    return np.concatenate(out)
+
+
+def padded(lengths: Lengths, order: np.ndarray, per_device: int) -> tuple[int, int, int]:
+    """Steps, slots, and slots if every device takes as long as the one with the longest record of the step.
+
+    The collator pads each device's records to their longest; the devices of a step wait for each other.
+    """
+    step = DEVICES * per_device
+    steps = -(-len(order) // step)
+    tokens = np.zeros(steps * step, np.int64)
+    tokens[: len(order)] = lengths.tokens[order]
+    longest = tokens.reshape(steps, DEVICES, per_device).max(axis=2)
+    return steps, int(longest.sum()) * per_device, int(longest.max(axis=1).sum()) * step
+
+
+def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, int, int]:
+    """Steps, slots and real tokens of our plan, padding rows and an unfilled last step included."""
+    count, tokens = len(lengths.tokens), np.minimum(lengths.tokens, capacity.tokens)
+    file = RecordFile("drawn", np.zeros((count, 2), np.int64))
+    index = Index(
+        records=Records(Mix(parts=(Part(source="drawn"),)), (file,)),
+        tokens=tokens.astype(np.int32),
+        tiles=lengths.has_picture.astype(np.int32),
+        refused={},
+        fingerprint="",
+    )
+    settings = {"batch_rows": None, "batch_records": None} | batch
+    plan = make_plan(index, capacity, seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=DEVICES, **settings)
+    # The last rows of an epoch may not fill a step; every row takes its slots.
+    return plan.num_steps, plan.num_rows * capacity.tokens, int(tokens.sum())
+
+
+def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
+    rng = np.random.default_rng(1)
+    order = group_by_modality_length(lengths, rng) if grouped else rng.permutation(len(lengths.tokens))
+    steps, slots, waiting = padded(lengths, order, per_device)
+    records = DEVICES * per_device
+    how = "group_by_modality_length" if grouped else "random batches"
+    real = int(lengths.tokens.sum())
+    found = [
+        (f"original: {how}, {records} records", steps, slots, real),
+        ("its devices waiting for each other", steps, waiting, real),
+    ]
+    for capacity in ROWS:
+        shape = f"rows of {capacity.tokens} tokens, {capacity.tiles} tiles"
+        # As many rows as the original's steps have slots on average: the same work a step.
+        rows = max(1, round(waiting / steps / capacity.tokens / DEVICES)) * DEVICES
+        found.append((f"{shape}, `batch_records={records}`", *packed(lengths, capacity, batch_records=records)))
+        found.append((f"{shape}, `batch_rows={rows}`", *packed(lengths, capacity, batch_rows=rows)))
+    return [
+        f"| {name} | {what} | {number:,} | {taken // number:,} | {taken:,} | {used / taken:.1%} |"
+        for what, number, taken, used in found
+    ]
+
+
+def main() -> None:
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    print(f"# Packing against grouping by length\n\n{__doc__}")
+    print(
+        f"{datetime.date.today()}, {versions}, {platform.machine()} CPU, {DEVICES} devices of {PER_DEVICE} records.\n"
+    )
+    print("Slots are all that a step computes; real is the share of them that is not padding. `batch_rows` takes about")
+    print("the original's slots a step, so fewer steps are less work; `batch_records` keeps the published steps, each")
+    print(
+        "padded to the fullest of the epoch. In rows of 1792 the few longer records would be refused or cut; here they"
+    )
+    print("are cut.")
+    head = "\n| lengths | batches | steps | slots a step | slots an epoch | real |\n|---|---|---|---|---|---|"
+    print(head)
+    mix = mix665k(np.random.default_rng(0))
+    print("\n".join(_rows("mix665k", mix, PER_DEVICE, grouped=True)), flush=True)
+    captions = captions558k(np.random.default_rng(0))
+    print("\n".join(_rows("558k captions", captions, 32, grouped=False)), flush=True)
+    print(head)
+    for stretch in (0.5, 2.0):
+        lengths = mix665k(np.random.default_rng(0), stretch)
+        print("\n".join(_rows(f"mix665k, words x{stretch}", lengths, PER_DEVICE, grouped=True)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

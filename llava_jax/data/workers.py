@@ -1,0 +1,73 @@
+"""Worker processes: how a question is put to every record by many of them, and how they end with the run."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+# Records that a worker is given at a time.
+CHUNK = 256
+# Fewer records than these are asked about sooner than workers start.
+MIN_RECORDS = 4096
+
+T = TypeVar("T")
+_ask: Callable[[int], Any] | None = None
+
+
+def ask_all(ask: Callable[[int], T], num_records: int, *, label: str, num_workers: int | None = None) -> Iterator[T]:
+    """`ask(0)`, `ask(1)`, ... in this order, whatever the number of processes; None chooses it, 0 is this one alone.
+
+    Raises:
+      Exception: whatever `ask` raises.
+    """
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if num_records >= MIN_RECORDS else 0
+    bar = tqdm(total=num_records, desc=label, unit="record", disable=None, leave=False)
+    with contextlib.closing(bar):
+        if num_workers < 1:
+            for record in range(num_records):
+                yield ask(record)
+                bar.update()
+            return
+        chunks = [range(at, min(at + CHUNK, num_records)) for at in range(0, num_records, CHUNK)]
+        # Spawned: a process that has started JAX must not be forked.
+        pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start, (ask,))
+        try:
+            for answers in pool.map(_ask_chunk, chunks):
+                yield from answers
+                bar.update(len(answers))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start(ask: Callable[[int], Any]) -> None:
+    global _ask
+    _ask = ask
+    follow_the_parent_alone()
+
+
+def _ask_chunk(chunk: range) -> list[Any]:
+    assert _ask is not None, "the pool's initializer sets it"
+    return [_ask(record) for record in chunk]
+
+
+def follow_the_parent_alone() -> None:
+    """Runs in a worker: it ends with the run, and does not listen to a scheduler that signals the whole group.
+
+    A run that is asked to stop still needs its next batches.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
