@@ -144,7 +144,7 @@ def test_logits_are_those_of_the_dequantized_weights(scheme, stacked: bool):
     np.testing.assert_allclose(logits(values, stacked=stacked, quantize=scheme), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("scheme", "most", "mean"), [("int8", 0.1, 0.02), ("nf4", 1.0, 0.2)])
+@pytest.mark.parametrize(("scheme", "most", "mean"), [("int8", 0.2, 0.03), ("nf4", 2.5, 0.35)])
 def test_logits_stay_near_those_of_the_whole_model(scheme, most: float, mean: float):
     off = np.abs(logits(held(scheme), quantize=scheme) - logits({n: jnp.asarray(v) for n, v in plain().items()}))
     assert off.max() < most
