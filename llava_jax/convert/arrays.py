@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.errors import CheckpointError
@@ -47,8 +48,8 @@ def _place_quantized(
     kernel = place(values[name], values[name].dtype, codes.sharding)
     scheme = "int8" if codes.dtype == np.int8 else "nf4"
     compiled = jax.jit(quantize, static_argnums=1, out_shardings=(codes.sharding, absmax.sharding))
-    # Waited for, or kernels would queue up faster than they are quantized.
-    halves = jax.block_until_ready(compiled(kernel, scheme))
-    if not all(np.isfinite(shard.data).all() for shard in halves[1].addressable_shards):
+    # Asked of the kernel: a largest magnitude may leave out what is no number.
+    if not jnp.isfinite(kernel).all():
         raise CheckpointError(f"Only finite weights can be quantized; {name} has others. Load it without quantizing.")
-    return halves
+    # Waited for, or kernels would queue up faster than they are quantized.
+    return jax.block_until_ready(compiled(kernel, scheme))
