@@ -16,7 +16,7 @@ from llava_jax.models.build import structure
 from llava_jax.shapes import LlavaConfig, VisionConfig
 from llava_jax.sizes import DEBUG, LLAVA_15_7B
 
-# 71 million parameters; with the vocabulary that llava-hf checkpoints are padded to.
+# 70 million parameters; with the vocabulary that llava-hf checkpoints are padded to.
 SMALL = dataclasses.replace(
     LLAVA_15_7B,
     vision=VisionConfig(
