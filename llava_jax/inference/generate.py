@@ -182,7 +182,7 @@ def _decode(
         if steps == 0 or rows_done.all():
             return
         state = state._replace(is_done=jnp.asarray(rows_done))
-        state, new = _advance(model.params, state, choose, jnp.int32(steps), max_steps=chunk, **static)
+        state, new = _advance(model.params, state, choose, jnp.int32(steps), **static)
         count += steps
         new = np.asarray(new)[:, :steps]
 
@@ -238,31 +238,33 @@ def _prefill(
     model = bind(graphdef, params)
     b, t = inputs.tokens.shape
     x = model.embed(inputs.tokens, inputs.images, inputs.patch_slots, inputs.is_newline)
-    cache = empty_cache(model.config.text, batch=b, length=cache_length, dtype=x.dtype)
+    # The prompts attend to each other alone, not to the slots of the answers to come.
+    cache = empty_cache(model.config.text, batch=b, length=t, dtype=x.dtype)
     hidden, cache = model.decoder.extend(x, jnp.broadcast_to(jnp.arange(t), (b, t)), cache)
+    cache = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, cache_length - t), (0, 0), (0, 0)]), cache)
     last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
     count = jnp.zeros((), jnp.int32)
     token = sample(_logits(model, last), choose, count, is_greedy=is_greedy)
     return State(cache, token, inputs.lengths, count + 1, _is_stop(token, stop_ids))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_steps", "graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",))
 def _advance(
     params: Parameters,
     state: State,
     choose: _Choice,
     steps: Int[Array, ""],
     *,
-    max_steps: int,
     graphdef: nnx.GraphDef,
     is_greedy: bool,
     stop_ids: tuple[int, ...],
 ) -> tuple[State, Int[Array, "b n"]]:
-    """Up to `steps` more tokens of each row, fewer once every row has stopped."""
+    """Up to `steps` more tokens of each row, fewer once every row has stopped.
+
+    There is room for as many as the cache holds, so that one compilation serves streams and whole answers alike.
+    """
     model = bind(graphdef, params)
-    new = jnp.full((len(state.token), max_steps), stop_ids[0], jnp.int32)
+    new = jnp.full((len(state.token), state.cache[0].k.shape[1]), stop_ids[0], jnp.int32)
 
     def goes_on(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]) -> Bool[Array, ""]:
         n, state, _ = carry

@@ -366,3 +366,13 @@ def test_logits_of_a_cached_step_are_those_of_a_whole_forward(
     at = len(ids) - 2
     full, steps = both(model.params, inputs, jnp.int32(at))
     assert error(steps, full[at : at + 2]) <= 1e-5
+
+
+def test_answers_of_any_length_and_streams_share_a_compilation(
+    model: Model, processor: Processor, prompts: list[Prompt]
+):
+    generate(model, processor, prompts[:1], Sampling(max_new_tokens=24))
+    compiled = module._advance._cache_size()
+    generate(model, processor, prompts[:1], Sampling(max_new_tokens=9))
+    list(stream(model, processor, prompts[0], Sampling(max_new_tokens=20)))
+    assert module._advance._cache_size() == compiled

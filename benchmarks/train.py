@@ -1,0 +1,338 @@
+"""A step of stage 2 against transformers on torch: real tokens/s on dense batches and on mixed lengths.
+
+python -m benchmarks.train                          # about 70M parameters, float32, this CPU
+python -m benchmarks.train --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, packed rows of 2048, one H200
+
+Real tokens are those of conversations, picture slots counted and padding not. `dense` gives both sides the very same
+full rows. `mixed` gives both the same conversations: the peer's in padded batches, grouped as the original's
+`group_by_modality_length` groups them on 8 devices, ours packed by the plan that training uses.
+"""
+
+import gc
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.report import arguments, in_turns, publish, rate, ratio
+
+
+class Job(NamedTuple):
+    """Sizes of the measurement: rows of `length` tokens and `tiles` pictures, conversations, the peer's batch."""
+
+    length: int
+    tiles: int
+    dense: tuple[int, int]
+    conversations: int
+    batch: int
+
+
+JOBS = {
+    "small": Job(length=512, tiles=4, dense=(4, 256), conversations=32, batch=4),
+    "7b": Job(length=2048, tiles=4, dense=(4, 2048), conversations=256, batch=4),
+    "tiny": Job(length=256, tiles=8, dense=(2, 64), conversations=8, batch=4),
+}
+# Devices of the original's run, among which a megabatch is split evenly.
+DEVICES = 8
+
+
+def main() -> None:
+    chosen = arguments(__doc__.splitlines()[0], sizes=tuple(JOBS))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import torch
+    import transformers
+
+    from benchmarks import peer
+
+    transformers.logging.set_verbosity_error()
+    job, config = JOBS[chosen.size], peer.SIZES[chosen.size]
+    dense = conversations([job.dense[1]] * job.dense[0], config, num_text=0)
+    mixed = conversations(mixed_lengths(job, config), config, num_text=max(1, job.conversations // 16))
+    grouped = group_by_modality_length([len(c.tokens) for c in mixed], [bool(len(c.images)) for c in mixed], job.batch)
+    device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
+    dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    losses: dict[str, float] = {}
+    seconds: dict[Any, list[float]] = {}
+    theirs = None if chosen.only_ours else peer.make_peer(config, device=device, dtype=dtype)
+    weights = None
+    if theirs is not None:
+        weights = peer.our_model(config, theirs).params if chosen.device == "cpu" else None
+        step = peer_step(theirs, config, is_large=chosen.size == "7b")
+        peer_dense = peer_batch(dense, config, device, dtype)
+        peer_mixed = [peer_batch([mixed[i] for i in batch], config, device, dtype) for batch in grouped]
+        losses["transformers"] = step(peer_dense)
+        runs["dense", "transformers"] = lambda: step(peer_dense)
+        runs["mixed", "transformers"] = lambda: [step(batch) for batch in peer_mixed] and None
+        runs["dense", "transformers"] = lambda: step(peer_dense) and None
+    if chosen.device == "gpu":
+        # Both do not fit: one after the other.
+        seconds |= in_turns(runs, repeats=chosen.repeats)
+        runs.clear()
+        theirs = step = peer_dense = peer_mixed = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    ours = Ours(chosen, config, weights)
+    our_dense = ours.place(ours.rows(dense, [[i] for i in range(len(dense))], job.dense[1], 1))
+    packed, num_rows = ours.pack(mixed, job)
+    losses["ours"] = ours.step(our_dense)
+    runs["dense", "ours"] = lambda: ours.step(our_dense) and None
+    runs["mixed", "ours"] = lambda: [ours.step(batch) for batch in packed] and None
+    seconds |= in_turns(runs, repeats=chosen.repeats)
+
+    tokens = {"dense": int(np.prod(job.dense)), "mixed": sum(len(c.tokens) for c in mixed)}
+    slots = {
+        ("dense", "ours"): tokens["dense"],
+        ("dense", "transformers"): tokens["dense"],
+        ("mixed", "ours"): num_rows * job.length,
+        ("mixed", "transformers"): sum(len(batch) * max(len(mixed[i].tokens) for i in batch) for batch in grouped),
+    }
+    peak = peak_flops(chosen.device)
+    useful = {"dense": ours.flops(our_dense), "mixed": sum(map(ours.flops, packed))}
+    rows = []
+    for (kind, name), found in seconds.items():
+        other = seconds.get((kind, "transformers"))
+        row = {"data": kind, "of": name, "real tokens/s": rate(tokens[kind], found)}
+        row["tokens of slots"] = f"{tokens[kind] / slots[kind, name]:.0%}"
+        row["MFU"] = f"{useful[kind] / np.median(found) / peak:.0%}" if name == "ours" else ""
+        row["ours/peer"] = ratio(other, found) if name == "ours" and other is not None else ""
+        rows.append(row)
+    from llava_jax.train.flops import CONVENTION
+
+    notes = {
+        "what": f"{ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; dense {job.dense[0]} rows of "
+        f"{job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, batches of {job.batch} "
+        f"against rows of {job.length}; {chosen.repeats} repeats in turns",
+        "loss of the first dense step": ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
+        "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
+        + CONVENTION,
+    }
+    publish("train", chosen, rows, notes)
+
+
+def mixed_lengths(job: Job, config: Any) -> list[int]:
+    """Lengths of conversations, after LLaVA's mix: most short, a long tail, one in sixteen long and without a picture.
+
+    Log-normal, in shares of the row: text of median 1/8 (1/3 without a picture), the picture's slots beside it.
+    """
+    rng = np.random.default_rng(0)
+    num_text = max(1, job.conversations // 16)
+    short = np.exp(rng.normal(np.log(job.length / 8), 0.8, job.conversations - num_text))
+    long = np.exp(rng.normal(np.log(job.length / 3), 0.8, num_text))
+    with_picture = np.clip(short, 16, job.length - config.num_features) + config.num_features
+    return [int(length) for length in (*with_picture, *np.clip(long, 16, job.length))]
+
+
+def conversations(lengths: Sequence[int], config: Any, *, num_text: int) -> list[Any]:
+    """Conversations of random tokens, a picture near the start of all but the last `num_text`; half is answers."""
+    from llava_jax.data.anyres import one_tile
+    from llava_jax.data.conversation import IMAGE_TOKEN, Tokenized
+    from llava_jax.data.rows import make_example
+
+    rng = np.random.default_rng(1)
+    side, made = config.vision.image_size, []
+    for number, length in enumerate(lengths):
+        tokens = rng.integers(3, config.text.vocab_size - 1, length, dtype=np.int32)
+        has_picture = number < len(lengths) - num_text
+        start = 4 + config.num_features if has_picture else 4
+        if has_picture:
+            tokens[4:start] = IMAGE_TOKEN
+        is_answer = np.arange(length) >= (start + length) // 2
+        tiles = [rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8)] if has_picture else []
+        made.append(
+            make_example(Tokenized(tokens, is_answer), tiles, [one_tile(config.num_features)] * len(tiles), side)
+        )
+    return made
+
+
+def group_by_modality_length(lengths: Sequence[int], has_picture: Sequence[bool], batch: int) -> list[list[int]]:
+    """Batches as `get_modality_length_grouped_indices` of the original (`llava_trainer.py`) makes them on 8 devices."""
+    rng = np.random.default_rng(2)
+    batches = []
+    for kind in (True, False):
+        order = rng.permutation([i for i, picture in enumerate(has_picture) if picture == kind]).tolist()
+        for at in range(0, len(order), DEVICES * batch):
+            mega = sorted(order[at : at + DEVICES * batch], key=lambda i: -lengths[i])
+            # Even totals: the next longest goes to the device that has least; an incomplete rest is cut in order.
+            if len(mega) % DEVICES:
+                batches += [mega[i : i + batch] for i in range(0, len(mega), batch)]
+                continue
+            chunks: list[list[int]] = [[] for _ in range(DEVICES)]
+            for i in mega:
+                free = [chunk for chunk in chunks if len(chunk) < len(mega) // DEVICES]
+                min(free, key=lambda chunk: sum(lengths[j] for j in chunk)).append(i)
+            batches += chunks
+    return batches
+
+
+def peer_batch(examples: Sequence[Any], config: Any, device: str, dtype: Any) -> dict[str, Any]:
+    """Padded on the right to the longest, pictures already in the tower's units."""
+    import torch
+
+    from benchmarks.peer import image_id
+    from llava_jax.data.conversation import IMAGE_TOKEN
+    from llava_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+
+    longest = max(len(example.tokens) for example in examples)
+    ids = np.zeros((len(examples), longest), np.int64)
+    labels, mask = np.full_like(ids, -100), np.zeros_like(ids)
+    for row, (tokens, is_answer, *_) in enumerate(examples):
+        ids[row, : len(tokens)] = np.where(tokens == IMAGE_TOKEN, image_id(config), tokens)
+        labels[row, : len(tokens)] = np.where(is_answer, tokens, -100)
+        mask[row, : len(tokens)] = 1
+    batch = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+    images = np.concatenate([example.images for example in examples])
+    if len(images):
+        normal = (images / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
+        batch["pixel_values"] = torch.tensor(normal.transpose(0, 3, 1, 2), dtype=dtype)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def peer_step(model: Any, config: Any, *, is_large: bool) -> Callable[[Mapping[str, Any]], float]:
+    """Forward, backward, clipping, AdamW; the tower frozen, as the original's scripts and the Trainer have it."""
+    import torch
+
+    del config
+    model.train()
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    if is_large:
+        model.gradient_checkpointing_enable()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+
+    def step(batch: Mapping[str, Any]) -> float:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+class Ours:
+    """Our step, the one that training compiles, and its state."""
+
+    def __init__(self, chosen: Any, config: Any, weights: Mapping[str, Any] | None):
+        import jax
+        import jax.numpy as jnp
+
+        from llava_jax.data.rows import Conversations, Needs
+        from llava_jax.data.templates import V1
+        from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
+        from llava_jax.train.objectives import next_token
+        from llava_jax.train.optim import make_optimizer
+        from llava_jax.train.sharding import make_mesh
+        from llava_jax.train.state import Layout
+        from llava_jax.train.step import jit_step
+
+        job, is_gpu = JOBS[chosen.size], chosen.device == "gpu"
+        self.format = Conversations(template=V1, length=job.length, tiles=job.tiles)
+        self.config = TrainConfig(
+            model=config,
+            objective=next_token,
+            init={"tower": "random", "projector": "random", "decoder": "random"},
+            trainable=("projector", "decoder"),
+            data=DataConfig(records="", image_root="", tokenizer="", rows=self.format, batch_rows=1, steps=1),
+            optim=OptimConfig(learning_rate=1e-6, moments="bfloat16" if is_gpu else "float32"),
+            compute_dtype="bfloat16" if is_gpu else "float32",
+            remat="linear" if chosen.size == "7b" else "nothing",
+            checkpoint_every=1,
+        )
+        optimizer = make_optimizer(self.config.optim, 1000)
+        self.mesh = make_mesh(self.config.mesh)
+        self.layout = Layout(self.config, optimizer, self.mesh)
+        trainable, frozen, _ = self.layout.memory
+        self.size = sum(value.size for value in (trainable | frozen).values())
+
+        def draw(name: str, target: Any) -> Any:
+            if weights is not None:
+                return jax.device_put(jnp.array(weights[name], target.dtype), target.sharding)
+            key = jax.random.key(len(name))
+            return jax.jit(
+                lambda: (0.02 * jax.random.normal(key, target.shape)).astype(target.dtype),
+                out_shardings=target.sharding,
+            )()
+
+        self.trainable = {name: draw(name, target) for name, target in trainable.items()}
+        self.frozen = {name: draw(name, target) for name, target in frozen.items()}
+        self.opt_state = jax.jit(optimizer.init)(self.trainable)
+        self.compiled = jit_step(self.layout, optimizer)
+        self.needs = Needs(None, "", config.vision.image_size, config.num_features)  # pyright: ignore[reportArgumentType]
+        self.rows_per_step = max(1, job.dense[0] * job.dense[1] // job.length)
+
+    def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
+        """The batch of the listed rows."""
+        import dataclasses
+
+        format = dataclasses.replace(self.format, length=length, tiles=tiles)
+        made = [format.assemble([examples[i] for i in row], self.needs) for row in rows]
+        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        num_rows = len(rows)
+        return batch | {"checksum": np.zeros(num_rows, np.uint32), "num_replaced": np.zeros(num_rows, np.int32)}
+
+    def pack(self, examples: Sequence[Any], job: Job) -> tuple[list[dict[str, Any]], int]:
+        """Batches of packed rows, as the plan of a run packs them, and the number of rows."""
+        from llava_jax.data.plan import pack
+
+        sizes: Any = types.SimpleNamespace(
+            tokens=np.array([len(example.tokens) for example in examples]),
+            tiles=np.array([len(example.images) for example in examples]),
+        )
+        order = np.random.default_rng(3).permutation(len(examples))
+        packed = pack(order, sizes, self.format.capacity)
+        packed += [[]] * (-len(packed) % self.rows_per_step)
+        steps = [packed[i : i + self.rows_per_step] for i in range(0, len(packed), self.rows_per_step)]
+        return [self.place(self.rows(examples, step, job.length, job.tiles)) for step in steps], len(packed)
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import jax
+
+        from llava_jax.train.sharding import batch_sharding
+
+        return {name: jax.device_put(value, batch_sharding(self.mesh)) for name, value in batch.items()}
+
+    def step(self, batch: Mapping[str, Any]) -> float:
+        import jax.numpy as jnp
+
+        arguments = (self.trainable, self.frozen, self.opt_state, batch, jnp.zeros(1, jnp.int32))
+        self.trainable, self.opt_state, metrics = self.compiled(*arguments)
+        return float(metrics["loss"])
+
+    def flops(self, batch: Mapping[str, Any]) -> int:
+        import jax
+
+        from llava_jax.train.flops import model_flops
+
+        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
+        return model_flops(self.layout, shapes)
+
+
+def peak_flops(device: str) -> float:
+    """FLOP/s: the GPU's data sheet (dense bfloat16), or the best float32 matrix product of torch on this CPU."""
+    import time
+
+    import torch
+
+    if device == "gpu":
+        import jax
+
+        from llava_jax.chips import GPUS
+
+        kind = jax.devices()[0].device_kind.lower()
+        return next(chip.flops for name, chip in GPUS.items() if name.partition("-")[0] in kind)
+    x = torch.ones(2048, 2048)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    main()
