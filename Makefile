@@ -11,7 +11,7 @@ quickstart: $(VENV)/quickstart.installed
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 nightly: $(VENV)/test.installed
 	$(VENV)/bin/python -m pytest -m nightly
