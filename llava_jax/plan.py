@@ -148,11 +148,9 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     try:
         compiled = step.lower(*job.layout.memory, job.batch | tallies, votes).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if used is None:
+        size = too_large(str(error), arguments)
+        if size is None:
             raise
-        total, usable = (int(float(used[i]) * 1024 ** "_KMGT".index(used[i + 1])) for i in (1, 3))
-        size = {"arguments": arguments, "total": total, "headroom": usable - total}
         return _report(job, topology, chip, fits=False, size=size, collectives=[])
     memory = compiled.memory_analysis()
     parts = {
@@ -166,6 +164,24 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
     collectives = read_collectives(compiled.as_text(), dict(job.layout.mesh.shape))
     return _report(job, topology, chip, fits=True, size=size, collectives=collectives)
+
+
+def too_large(message: str, arguments: int) -> dict[str, int] | None:
+    """What a step would take by the compiler's refusal; None if that is not why it refused.
+
+    Example:
+        "... HLO temporaries (26.04G) exceeds available HBM (15.75G)."   ->   temporaries, total and headroom in bytes
+    """
+    quantity = r"([\d.]+)([KMGT])"
+    whole = re.search(rf"Used {quantity} of {quantity} hbm", message)
+    beside = re.search(rf"HLO temporaries \({quantity}\) exceeds available HBM \({quantity}\)", message)
+    found = whole or beside
+    if found is None:
+        return None
+    used, usable = (int(float(found[i]) * 1024 ** "_KMGT".index(found[i + 1])) for i in (1, 3))
+    total = used if whole else arguments + used
+    temporaries = {} if whole else {"temporaries": used}
+    return {"arguments": arguments, **temporaries, "total": total, "headroom": usable - total}
 
 
 def _report(

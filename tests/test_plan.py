@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 
 from llava_jax.errors import UserError
-from llava_jax.plan import as_text, plan
+from llava_jax.plan import as_text, plan, too_large
 from llava_jax.train.config import TrainConfig, apply_override, load_config
 from tests.train.runs import ROOT
 
@@ -139,3 +139,22 @@ def test_a_tpu_plan_compiles_the_step():
 def test_without_the_compiler_it_says_what_to_install(shallow: TrainConfig):
     with pytest.raises(UserError, match=r"pip install 'llava-jax\[plan\]'"):
         plan(shallow, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.00G) "
+            "exceeds available HBM (15.75G).",
+            {"arguments": 5, "temporaries": 26 << 30, "total": 5 + (26 << 30), "headroom": (63 << 28) - 5 - (26 << 30)},
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of 15.75G hbm.",
+            {"arguments": 5, "total": 17 << 30, "headroom": (63 << 28) - (17 << 30)},
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_a_refusal_of_the_compiler_says_what_would_be_needed(message: str, size: dict[str, int] | None):
+    assert too_large(message, 5) == size
