@@ -98,6 +98,8 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: i
     """One safetensors file, or shards and the index of them; one tensor is in memory at a time."""
     from tqdm import tqdm
 
+    # The monitor is a thread that ends with the process, and CPython 3.11 may crash when one ends as it exits.
+    tqdm.monitor_interval = 0
     shards = split(tensors, shard_bytes)
     total = total_bytes(tensors.values())
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 1e8, leave=False) as bar:

@@ -38,11 +38,12 @@ def test_a_refusal_is_one_line_without_a_trace(tmp_path: Path, capsys: pytest.Ca
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
-def test_nothing_of_torch_or_transformers_is_imported(tmp_path: Path):
+def test_nothing_of_torch_or_transformers_is_imported_and_no_thread_is_left(tmp_path: Path):
     make_huggingface(tmp_path / "hf")
     code = (
-        "import sys; from llava_jax.cli import main; code = main(sys.argv[1:]); "
-        "print(code, sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+        "import sys, threading; from llava_jax.cli import main; code = main(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)), "
+        "threading.active_count())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, "convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", "hf"],
@@ -50,4 +51,4 @@ def test_nothing_of_torch_or_transformers_is_imported(tmp_path: Path):
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert run.stdout.splitlines()[-1] == "0 []", run.stderr
+    assert run.stdout.splitlines()[-1] == "0 [] 1", run.stderr
