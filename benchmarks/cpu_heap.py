@@ -1,4 +1,4 @@
-"""Times one gradient of the quickstart's contrastive loss on this CPU, with and without the larger heap.
+"""Times one gradient of CLIP's contrastive loss on the quickstart's towers, with and without the larger heap.
 
 python benchmarks/cpu_heap.py
 """

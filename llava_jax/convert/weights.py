@@ -1,6 +1,7 @@
 """The weight files of a folder: one file or the shards that an index names, safetensors or torch's."""
 
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,9 +103,11 @@ def locate(source: str) -> Path:
     except Exception as error:
         # Without a network, what was downloaded before still serves; the library raises many kinds of error.
         try:
-            return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
+            folder = Path(huggingface_hub.snapshot_download(source, local_files_only=True))
         except Exception:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{source!r} is no local path, and the hub did not give it: {reason:.200}. Check the name."
             ) from error
+        print(f"llava-jax: the hub did not answer for {source!r}; taking {folder}, downloaded before.", file=sys.stderr)
+        return folder
