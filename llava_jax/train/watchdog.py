@@ -46,7 +46,7 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr)
                 with self._stacks.open("w") as file:
                     faulthandler.dump_traceback(file)
-                self._end_process(
+                return self._end_process(
                     Stalled(
                         f"A step must end within life.stall_seconds={self._seconds:g}; none did for {silence:.0f} "
                         f"seconds. What every thread did is in {self._stacks}. Run the same command again."

@@ -21,7 +21,7 @@ def test_silence_ends_a_run_and_leaves_its_stacks(tmp_path: Path, capfd):
     with Watchdog(0.2, str(tmp_path), ended.append) as watchdog:
         watchdog.beat()
         _doze(1.0)
-    assert ended
+    assert len(ended) == 1  # once, however long the process takes to end
     assert ended[0].exit_code == 76
     assert "life.stall_seconds=0.2" in str(ended[0])
     assert "_doze" in (tmp_path / "stacks-0.txt").read_text()
