@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llava_jax.collectives import Collective
 from llava_jax.models.parameters import part
 from llava_jax.shapes import LlavaConfig
-from llava_jax.train.objectives import LOSS_CHUNK
+from llava_jax.train.cross_entropy import chunk_length
 from llava_jax.train.sharding import num_batch_shards
 from llava_jax.train.state import Layout, learns
 
@@ -56,7 +56,7 @@ def _llava_activations(layout: Layout, rows: int, length: int, tiles: int, width
         }[config.remat]
     )
     is_trained = {"decoder", "projector", "tower"} & set(config.trainable)
-    chunk = rows * min(LOSS_CHUNK, length) * text.vocab_size // tensor
+    chunk = rows * chunk_length(length) * text.vocab_size // tensor
     head = text.embed_dim * text.vocab_size // tensor
     tower = _tower_activations(layout, rows * tiles, width)
     return {

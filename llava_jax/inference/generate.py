@@ -16,7 +16,7 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import UserError
 from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.inference.stopping import Keywords
-from llava_jax.models.llama import Cache, empty_cache
+from llava_jax.models.llama import NOWHERE, Cache, empty_cache
 from llava_jax.models.llava import Llava
 from llava_jax.models.parameters import Parameters, bind
 
@@ -240,8 +240,9 @@ def _prefill(
     x = model.embed(inputs.tokens, inputs.images, inputs.patch_slots, inputs.is_newline)
     # The prompts attend to each other alone, not to the slots of the answers to come.
     cache = empty_cache(model.config.text, batch=b, length=t, dtype=x.dtype)
-    hidden, cache = model.decoder.extend(x, jnp.broadcast_to(jnp.arange(t), (b, t)), cache)
-    cache = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, cache_length - t), (0, 0), (0, 0)]), cache)
+    positions = jnp.where(jnp.arange(t) < inputs.lengths[:, None], jnp.arange(t), NOWHERE)
+    hidden, cache = model.decoder.extend(x, positions, cache)
+    cache = cache.grow(cache_length)
     last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
     count = jnp.zeros((), jnp.int32)
     token = sample(_logits(model, last), choose, count, is_greedy=is_greedy)
@@ -264,7 +265,7 @@ def _advance(
     There is room for as many as the cache holds, so that one compilation serves streams and whole answers alike.
     """
     model = bind(graphdef, params)
-    new = jnp.full((len(state.token), state.cache[0].k.shape[1]), stop_ids[0], jnp.int32)
+    new = jnp.full((len(state.token), state.cache.positions.shape[1]), stop_ids[0], jnp.int32)
 
     def goes_on(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]) -> Bool[Array, ""]:
         n, state, _ = carry

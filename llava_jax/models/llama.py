@@ -16,19 +16,39 @@ from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConf
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; slot s holds the token at position s of its row."""
+    """Keys and values of one layer; heads come first, so that a head's keys lie together when attention reads them."""
 
-    k: Float[Array, "b s k h"]
-    v: Float[Array, "b s k h"]
+    k: Float[Array, "b k s h"]
+    v: Float[Array, "b k s h"]
 
 
-Cache = tuple[LayerCache, ...]
+class Cache(NamedTuple):
+    """Slots of a batch, filled from the left, the same ones in every row, so that a write is one slice and in place.
+
+    A row's token may have any position, whatever its slot; `NOWHERE` marks slots that no query sees.
+    """
+
+    layers: tuple[LayerCache, ...]
+    positions: Int[Array, "b s"]
+    filled: Int[Array, ""]
+
+    def grow(self, length: int) -> "Cache":
+        """The same with `length` slots in all."""
+        more = length - self.positions.shape[1]
+        layers = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, 0), (0, more), (0, 0)]), self.layers)
+        positions = jnp.pad(self.positions, [(0, 0), (0, more)], constant_values=NOWHERE)
+        return Cache(layers, positions, self.filled)
+
+
+# Later than the position of any query.
+NOWHERE = 2**30
 
 
 def empty_cache(config: TextConfig, *, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
     """Room for `length` tokens of each row."""
-    shape = (batch, length, config.num_kv_heads, config.head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+    return Cache(layers, jnp.full((batch, length), NOWHERE, jnp.int32), jnp.zeros((), jnp.int32))
 
 
 class Rotary(NamedTuple):
@@ -102,18 +122,16 @@ class Attention(nnx.Module):
         scope: Scope,
         attend: Attend,
         cache: LayerCache | None = None,
+        slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
-            assert scope.query_positions is not None, "a cache is written at the queries' positions"
-            rows = jnp.arange(b)[:, None]
-            cache = LayerCache(
-                cache.k.at[rows, scope.query_positions].set(k.astype(cache.k.dtype), mode="drop"),
-                cache.v.at[rows, scope.query_positions].set(v.astype(cache.v.dtype), mode="drop"),
-            )
-            k, v = cache
+            new = (x.swapaxes(1, 2).astype(kept.dtype) for x, kept in zip((k, v), cache, strict=True))
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+            cache = LayerCache(*map(write, cache, new))
+            k, v = (kept.swapaxes(1, 2) for kept in cache)
         # The name lets a remat policy keep the result; kernels name what else their gradient needs.
         mixed = checkpoint_name(attend(q, k, v, scope), ATTENTION)
         return self.o_proj(mixed.reshape(b, t, -1)), cache
@@ -149,8 +167,9 @@ class Layer(nnx.Module):
         scope: Scope,
         attend: Attend,
         cache: LayerCache | None = None,
+        slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), angles, scope, attend, cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), angles, scope, attend, cache, slot)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -198,18 +217,17 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Cache]:
         """Hidden states of tokens that follow what the cache holds, and the cache with them written in.
 
-        A token is written at the slot of its position, so rows of unequal length need no mask: a slot
-        past a row's end is later than any of its queries until the row's own token takes it.
+        The cache must have room for them; positions may be `NOWHERE`, for padding.
         """
         assert isinstance(self.layers, nnx.List), "decoding needs a tuple of layers; see unstack_layers"
-        b, length = x.shape[0], cache[0].k.shape[1]
-        angles = self._angles(positions)
-        scope = self._scope(positions, jnp.broadcast_to(jnp.arange(length), (b, length)), None)
+        slot = cache.filled
+        key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+        angles, scope = self._angles(positions), self._scope(positions, key_positions, None)
         extended = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = layer(x, angles, scope, attend, layer_cache)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, layer_cache = layer(x, angles, scope, attend, layer_cache, slot)
             extended.append(layer_cache)
-        return self.norm(x), tuple(extended)
+        return self.norm(x), Cache(tuple(extended), key_positions, slot + x.shape[1])
 
     def head(self) -> Float[Array, "d v"]:
         """The matrix from hidden states to logits; the embedding's transpose when tied."""

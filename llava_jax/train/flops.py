@@ -21,7 +21,8 @@ from llava_jax.train.step import cast
 CONVENTION = (
     "matrix products only, 2 per multiply-add; once forward and once more for each operand that a trained parameter "
     "reaches, so frozen parts cost no weight gradient and a frozen tower no backward pass; causal attention counted "
-    "as half of the square of the row; padding counted; recomputation not counted"
+    "as half of the square of the row; padding counted; the head counted for every slot, supervised or not; "
+    "recomputation not counted"
 )
 
 

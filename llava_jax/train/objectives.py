@@ -5,15 +5,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from llava_jax.models.attention import Attend, Constrain
 from llava_jax.models.clip import Clip, unit
 from llava_jax.models.layers import Remat
 from llava_jax.models.llava import Llava
-
-# Logits of this many tokens of each row exist at a time; the whole [b t v] never does.
-LOSS_CHUNK = 512
+from llava_jax.train.cross_entropy import cross_entropy
 
 
 class Context(NamedTuple):
@@ -98,35 +96,3 @@ def _pairs(model: Clip, image: Float[Array, "n c"], text: Float[Array, "n c"], b
     is_right = (nearest == batch["tokens"]).all(axis=1) & is_pair
     counts = {"tokens": num_pairs, "correct": is_right.sum(dtype=jnp.float32)}
     return Sums(jnp.where(is_pair, losses, 0.0).sum(), num_pairs, counts)
-
-
-def cross_entropy(
-    hidden: Float[Array, "b t d"],
-    head: Float[Array, "d v"],
-    targets: Int[Array, "b t"],
-    is_target: Bool[Array, "b t"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed float32 cross entropy of the supervised tokens, and how many of them have the largest logit.
-
-    Works through the row in chunks and computes each chunk's logits again for the gradient.
-    """
-    b, t, d = hidden.shape
-    chunk = min(LOSS_CHUNK, t)
-    short = -t % chunk
-    hidden, targets, is_target = (
-        jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)).reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-        for x in (hidden, targets, is_target)
-    )
-
-    @jax.checkpoint
-    def chunk_sums(hidden_bcd, targets_bc, is_target_bc):
-        logits = jnp.einsum("bcd,dv->bcv", hidden_bcd, head, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets_bc[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - picked
-        right = (picked >= logits.max(axis=-1)) & is_target_bc
-        return jnp.where(is_target_bc, losses, 0.0).sum(), right.sum(dtype=jnp.float32)
-
-    def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, chunk_sums(*chunk)), None
-
-    return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, is_target))[0]

@@ -46,9 +46,10 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr)
                 with self._stacks.open("w") as file:
                     faulthandler.dump_traceback(file)
-                return self._end_process(
+                self._end_process(
                     Stalled(
                         f"A step must end within life.stall_seconds={self._seconds:g}; none did for {silence:.0f} "
                         f"seconds. What every thread did is in {self._stacks}. Run the same command again."
                     )
                 )
+                return

@@ -17,7 +17,7 @@ from llava_jax.errors import UserError
 from llava_jax.inference import generate as module
 from llava_jax.inference.generate import Answer, Sampling, generate, pad_prompts, restrict, sample, stream
 from llava_jax.inference.model import Model, Processor, Prompt
-from llava_jax.models.llama import empty_cache
+from llava_jax.models.llama import NOWHERE, empty_cache
 from llava_jax.models.parameters import bind
 from tests.models.oracle import error
 from tests.tiny import make_example
@@ -352,10 +352,11 @@ def test_logits_of_a_cached_step_are_those_of_a_whole_forward(
         positions = jnp.arange(length)[None]
         x = llava.embed(inputs.tokens, inputs.images, inputs.patch_slots)
         full = llava.decoder(x, positions) @ llava.decoder.head()
-        cache = empty_cache(model.config.text, batch=1, length=length, dtype=x.dtype)
-        # What comes at `at` and after is garbage now and overwritten when its turn comes.
-        garbage = jnp.where(positions[..., None] < at, x, 50.0)
-        _, cache = llava.decoder.extend(garbage, positions, cache)
+        cache = empty_cache(model.config.text, batch=1, length=length + 2, dtype=x.dtype)
+        # What comes at `at` and after is garbage that no query may see.
+        is_prompt = positions < at
+        garbage = jnp.where(is_prompt[..., None], x, 50.0)
+        _, cache = llava.decoder.extend(garbage, jnp.where(is_prompt, positions, NOWHERE), cache)
         steps = []
         for step in range(2):
             new = jax.lax.dynamic_slice_in_dim(x, at + step, 1, axis=1)

@@ -25,7 +25,8 @@ from llava_jax.models.llama import Llama
 from llava_jax.models.parameters import bind, parameters, skeleton
 from llava_jax.models.projector import Projector
 from llava_jax.shapes import LinearScaling, Llama3Scaling, TextConfig
-from llava_jax.train.objectives import Context, contrastive, cross_entropy
+from llava_jax.train.cross_entropy import cross_entropy
+from llava_jax.train.objectives import Context, contrastive
 from tests.models import oracle
 from tests.tiny import CLIP, LLAVA, TEXT, make_example
 

@@ -14,8 +14,9 @@ from llava_jax.data.templates import V1
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.parameters import bind
-from llava_jax.train import objectives
-from llava_jax.train.objectives import Context, contrastive, cross_entropy, next_token
+from llava_jax.train import cross_entropy as module
+from llava_jax.train.cross_entropy import cross_entropy
+from llava_jax.train.objectives import Context, contrastive, next_token
 from tests.tiny import CLIP as TINY_CLIP
 from tests.tiny import LLAVA as TINY_LLAVA
 
@@ -70,7 +71,7 @@ def _problem(t: int, seed: int = 0):
 def test_cross_entropy_is_that_of_torch_whatever_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    monkeypatch.setattr(objectives, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(module, "chunk_length", lambda t: min(t, chunk))
     hidden, head, targets, is_target = _problem(10)
 
     def loss(hidden, head):
