@@ -18,9 +18,11 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers",
 Run = Callable[[], Any]
 
 
-def arguments(description: str, *, sizes: Sequence[str]) -> argparse.Namespace:
-    """The options that all benchmarks have."""
+def arguments(description: str, *, sizes: Sequence[str], stages: Sequence[str] = ()) -> argparse.Namespace:
+    """The options that all benchmarks have, and `--stage` where there are several."""
     parser = argparse.ArgumentParser(description=description)
+    if stages:
+        parser.add_argument("--stage", choices=stages, default=stages[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--repeats", type=int, default=7)

@@ -1,6 +1,7 @@
-"""A step of stage 2 against transformers on torch: real tokens/s on dense batches and on mixed lengths.
+"""A step of training against transformers on torch: real tokens/s on dense batches and on mixed lengths.
 
-python -m benchmarks.train                          # about 70M parameters, float32, this CPU
+python -m benchmarks.train                          # stage 2, about 70M parameters, float32, this CPU
+python -m benchmarks.train --stage stage1           # the projector alone; or --stage lora
 python -m benchmarks.train --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, packed rows of 2048, one H200
 
 Real tokens are those of conversations, picture slots counted and padding not. `dense` gives both sides the very same
@@ -10,6 +11,7 @@ full rows. `mixed` gives both the same conversations: the peer's in padded batch
 
 import gc
 import os
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,27 +22,29 @@ from benchmarks.report import arguments, in_turns, publish, rate, ratio
 
 
 class Job(NamedTuple):
-    """Sizes of the measurement: rows of `length` tokens and `tiles` pictures, conversations, the peer's batch."""
+    """Rows of `length` tokens and `tiles` pictures, conversations, the peer's batch (published: 16), LoRA's rank."""
 
     length: int
     tiles: int
     dense: tuple[int, int]
     conversations: int
     batch: int
+    rank: int
 
 
 JOBS = {
-    "small": Job(length=512, tiles=4, dense=(4, 256), conversations=32, batch=4),
-    "7b": Job(length=2048, tiles=4, dense=(4, 2048), conversations=256, batch=4),
-    "tiny": Job(length=256, tiles=8, dense=(2, 64), conversations=8, batch=4),
+    "small": Job(length=512, tiles=8, dense=(4, 256), conversations=128, batch=16, rank=16),
+    "7b": Job(length=2048, tiles=8, dense=(4, 2048), conversations=256, batch=16, rank=128),
+    "tiny": Job(length=256, tiles=8, dense=(2, 64), conversations=8, batch=4, rank=4),
 }
 # Devices of the original's run, among which a megabatch is split evenly.
 DEVICES = 8
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=tuple(JOBS))
+    chosen = arguments(__doc__.splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
     import torch
     import transformers
 
@@ -49,18 +53,22 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     job, config = JOBS[chosen.size], peer.SIZES[chosen.size]
     dense = conversations([job.dense[1]] * job.dense[0], config, num_text=0)
-    mixed = conversations(mixed_lengths(job, config), config, num_text=max(1, job.conversations // 16))
+    # Stage 1 reads captions alone.
+    num_text = 0 if chosen.stage == "stage1" else max(1, job.conversations // 16)
+    mixed = conversations(mixed_lengths(job, config, num_text), config, num_text=num_text)
     grouped = group_by_modality_length([len(c.tokens) for c in mixed], [bool(len(c.images)) for c in mixed], job.batch)
     device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
     dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     losses: dict[str, float] = {}
     seconds: dict[Any, list[float]] = {}
+    # Where the device tells; on a CPU both share a process.
+    peaks: dict[str, float] = {}
     theirs = None if chosen.only_ours else peer.make_peer(config, device=device, dtype=dtype)
     weights = None
     if theirs is not None:
         weights = peer.our_model(config, theirs).params if chosen.device == "cpu" else None
-        step = peer_step(theirs, config, is_large=chosen.size == "7b")
+        step = peer_step(theirs, chosen.stage, job, is_large=chosen.size == "7b")
         peer_dense = peer_batch(dense, config, device, dtype)
         peer_mixed = [peer_batch([mixed[i] for i in batch], config, device, dtype) for batch in grouped]
         losses["transformers"] = step(peer_dense)
@@ -71,16 +79,20 @@ def main() -> None:
         # Both do not fit: one after the other.
         seconds |= in_turns(runs, repeats=chosen.repeats)
         runs.clear()
+        peaks["transformers"] = torch.cuda.max_memory_allocated() / 1e9
         theirs = step = peer_dense = peer_mixed = None
         gc.collect()
         torch.cuda.empty_cache()
     ours = Ours(chosen, config, weights)
     our_dense = ours.place(ours.rows(dense, [[i] for i in range(len(dense))], job.dense[1], 1))
     packed, num_rows = ours.pack(mixed, job)
+    begin = time.perf_counter()
     losses["ours"] = ours.step(our_dense)
+    compiling = time.perf_counter() - begin
     runs["dense", "ours"] = lambda: ours.step(our_dense) and None
     runs["mixed", "ours"] = lambda: [ours.step(batch) for batch in packed] and None
     seconds |= in_turns(runs, repeats=chosen.repeats)
+    peaks |= {"ours": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9} if chosen.device == "gpu" else {}
 
     tokens = {"dense": int(np.prod(job.dense)), "mixed": sum(len(c.tokens) for c in mixed)}
     slots = {
@@ -97,28 +109,29 @@ def main() -> None:
         row = {"data": kind, "of": name, "real tokens/s": rate(tokens[kind], found)}
         row["tokens of slots"] = f"{tokens[kind] / slots[kind, name]:.0%}"
         row["MFU"] = f"{useful[kind] / np.median(found) / peak:.0%}" if name == "ours" else ""
+        row["peak memory, GB"] = peaks.get(name, "") if kind == "mixed" else ""
         row["ours/peer"] = ratio(other, found) if name == "ours" and other is not None else ""
         rows.append(row)
     from llava_jax.train.flops import CONVENTION
 
     notes = {
-        "what": f"{ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; dense {job.dense[0]} rows of "
-        f"{job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, batches of {job.batch} "
+        "what": f"{chosen.stage}, {ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; "
+        f"dense {job.dense[0]} rows of {job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, batches of {job.batch} "
         f"against rows of {job.length}; {chosen.repeats} repeats in turns",
+        "first step of ours, compiling included": f"{compiling:.1f} s",
         "loss of the first dense step": ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
         "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
         + CONVENTION,
     }
-    publish("train", chosen, rows, notes)
+    publish(f"train_{chosen.stage}", chosen, rows, notes)
 
 
-def mixed_lengths(job: Job, config: Any) -> list[int]:
+def mixed_lengths(job: Job, config: Any, num_text: int) -> list[int]:
     """Lengths of conversations, after LLaVA's mix: most short, a long tail, one in sixteen long and without a picture.
 
     Log-normal, in shares of the row: text of median 1/8 (1/3 without a picture), the picture's slots beside it.
     """
     rng = np.random.default_rng(0)
-    num_text = max(1, job.conversations // 16)
     short = np.exp(rng.normal(np.log(job.length / 8), 0.8, job.conversations - num_text))
     long = np.exp(rng.normal(np.log(job.length / 3), 0.8, num_text))
     with_picture = np.clip(short, 16, job.length - config.num_features) + config.num_features
@@ -190,16 +203,23 @@ def peer_batch(examples: Sequence[Any], config: Any, device: str, dtype: Any) ->
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def peer_step(model: Any, config: Any, *, is_large: bool) -> Callable[[Mapping[str, Any]], float]:
-    """Forward, backward, clipping, AdamW; the tower frozen, as the original's scripts and the Trainer have it."""
+def peer_step(model: Any, stage: str, job: Job, *, is_large: bool) -> Callable[[Mapping[str, Any]], float]:
+    """Forward, backward, clipping, AdamW; what a stage does not train is frozen, as the original's scripts have it."""
     import torch
 
-    del config
     model.train()
-    model.requires_grad_(True)
-    model.model.vision_tower.requires_grad_(False)
+    model.requires_grad_(stage == "stage2")
+    projector, tower = model.model.multi_modal_projector, model.model.vision_tower
     if is_large:
         model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    if stage == "lora":
+        import peft
+
+        linear = r".*language_model\.layers.*_proj"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules=linear))
+    projector.requires_grad_(True)
+    tower.requires_grad_(False)
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
 
@@ -223,6 +243,7 @@ class Ours:
 
         from llava_jax.data.rows import Conversations, Needs
         from llava_jax.data.templates import V1
+        from llava_jax.models import lora
         from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
         from llava_jax.train.objectives import next_token
         from llava_jax.train.optim import make_optimizer
@@ -236,7 +257,8 @@ class Ours:
             model=config,
             objective=next_token,
             init={"tower": "random", "projector": "random", "decoder": "random"},
-            trainable=("projector", "decoder"),
+            trainable=("projector",) if chosen.stage == "stage1" else ("projector", "decoder"),
+            lora=lora.LoraConfig(rank=job.rank, alpha=2.0 * job.rank, dropout=0.0) if chosen.stage == "lora" else None,
             data=DataConfig(records="", image_root="", tokenizer="", rows=self.format, batch_rows=1, steps=1),
             optim=OptimConfig(learning_rate=1e-6, moments="bfloat16" if is_gpu else "float32"),
             compute_dtype="bfloat16" if is_gpu else "float32",
@@ -250,8 +272,10 @@ class Ours:
         self.size = sum(value.size for value in (trainable | frozen).values())
 
         def draw(name: str, target: Any) -> Any:
-            if weights is not None:
+            if weights is not None and name in weights:
                 return jax.device_put(jnp.array(weights[name], target.dtype), target.sharding)
+            if name.endswith(lora.B):
+                return jnp.zeros(target.shape, target.dtype, device=target.sharding)
             key = jax.random.key(len(name))
             return jax.jit(
                 lambda: (0.02 * jax.random.normal(key, target.shape)).astype(target.dtype),
@@ -314,8 +338,6 @@ class Ours:
 
 def peak_flops(device: str) -> float:
     """FLOP/s: the GPU's data sheet (dense bfloat16), or the best float32 matrix product of torch on this CPU."""
-    import time
-
     import torch
 
     if device == "gpu":
