@@ -115,9 +115,9 @@ def main() -> None:
     from llava_jax.train.flops import CONVENTION
 
     notes = {
-        "what": f"{chosen.stage}, {ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; "
-        f"dense {job.dense[0]} rows of {job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, batches of {job.batch} "
-        f"against rows of {job.length}; {chosen.repeats} repeats in turns",
+        "what": f"{chosen.stage}, {ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; dense "
+        f"{job.dense[0]} rows of {job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, "
+        f"batches of {job.batch} against rows of {job.length}; {chosen.repeats} repeats in turns",
         "first step of ours, compiling included": f"{compiling:.1f} s",
         "loss of the first dense step": ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
         "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
