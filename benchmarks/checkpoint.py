@@ -19,7 +19,7 @@ from benchmarks.report import arguments, in_turns, publish, quartiles, rate, rat
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=("small", "7b", "tiny"))
+    chosen = arguments((__doc__ or "").splitlines()[0], sizes=("small", "7b", "tiny"))
     import jax
     import torch
 
