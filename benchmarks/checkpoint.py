@@ -28,7 +28,7 @@ sys.exit(code)
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=("small", "7b", "tiny"))
+    chosen = arguments((__doc__ or "").splitlines()[0], sizes=("small", "7b", "tiny"))
     import jax
     import torch
 

@@ -15,7 +15,7 @@ TEXT_TOKENS = 46
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=("small", "7b", "tiny"))
+    chosen = arguments((__doc__ or "").splitlines()[0], sizes=("small", "7b", "tiny"))
     import numpy as np
     import torch
     import transformers
@@ -118,10 +118,9 @@ def read_bandwidth(device: str) -> float:
     if device == "gpu":
         import jax
 
-        from llava_jax.chips import GPUS
+        from llava_jax.chips import KINDS
 
-        kind = jax.devices()[0].device_kind.lower()
-        return next(chip.memory for name, chip in GPUS.items() if name.partition("-")[0] in kind)
+        return KINDS[jax.devices()[0].device_kind].memory
     import torch
 
     x = torch.ones(2**26)

@@ -24,7 +24,7 @@ TILE = 336
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=("336",))
+    chosen = arguments((__doc__ or "").splitlines()[0], sizes=("336",))
     # One core for all: neither decoder uses more, but numpy and torch might.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from transformers import CLIPImageProcessorPil
@@ -92,7 +92,7 @@ def write_photographs(folder: Path) -> list[Path]:
         share = rng.uniform(0.7, 1.0)
         scale = share * min(image.width / shape[0], image.height / shape[1])
         width, height = int(scale * shape[0]), int(scale * shape[1])
-        left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+        left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         cut = image.resize(shape, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
         buffer = io.BytesIO()
         cut.save(buffer, "JPEG", quality=int(rng.integers(85, 96)))

@@ -42,7 +42,7 @@ DEVICES = 8
 
 
 def main() -> None:
-    chosen = arguments(__doc__.splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
+    chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import torch
@@ -66,13 +66,15 @@ def main() -> None:
     peaks: dict[str, float] = {}
     theirs = None if chosen.only_ours else peer.make_peer(config, device=device, dtype=dtype)
     weights = None
+    step: Any
+    peer_dense: Any
+    peer_mixed: Any
     if theirs is not None:
         weights = peer.our_model(config, theirs).params if chosen.device == "cpu" else None
         step = peer_step(theirs, chosen.stage, job, is_large=chosen.size == "7b")
         peer_dense = peer_batch(dense, config, device, dtype)
         peer_mixed = [peer_batch([mixed[i] for i in batch], config, device, dtype) for batch in grouped]
         losses["transformers"] = step(peer_dense)
-        runs["dense", "transformers"] = lambda: step(peer_dense)
         runs["mixed", "transformers"] = lambda: [step(batch) for batch in peer_mixed] and None
         runs["dense", "transformers"] = lambda: step(peer_dense) and None
     if chosen.device == "gpu":
@@ -343,15 +345,14 @@ def peak_flops(device: str) -> float:
     if device == "gpu":
         import jax
 
-        from llava_jax.chips import GPUS
+        from llava_jax.chips import KINDS
 
-        kind = jax.devices()[0].device_kind.lower()
-        return next(chip.flops for name, chip in GPUS.items() if name.partition("-")[0] in kind)
+        return KINDS[jax.devices()[0].device_kind].flops
     x = torch.ones(2048, 2048)
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        x @ x
+        _ = x @ x
         seconds.append(time.perf_counter() - begin)
     return 2 * 2048**3 / min(seconds)
 

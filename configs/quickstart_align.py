@@ -31,5 +31,6 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(learning_rate=2e-3),
         compute_dtype="float32",
+        seed=0,
         checkpoint_every=50,
     )

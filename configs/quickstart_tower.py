@@ -2,7 +2,7 @@ r"""Quickstart, stage 0: train a small CLIP on captions, so that its tower knows
 
     llava-jax train --config configs/quickstart_tower.py --workdir runs/quickstart/tower
 
-`llava-jax quickstart` writes the data that this reads, and runs all three stages.
+`llava-jax quickstart` writes the data that this reads, and runs this stage and the three after it.
 """
 
 from llava_jax.data.rows import Augment, Captions
@@ -30,5 +30,6 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(learning_rate=3e-3),
         compute_dtype="float32",
+        seed=0,
         checkpoint_every=300,
     )

@@ -35,3 +35,17 @@ GPUS = {
     "h200": Chip(hbm_bytes=141 * 10**9, flops=989.4e12, memory=4800e9, link=450e9),
     "4090": Chip(hbm_bytes=24 * GIB, flops=165.2e12, memory=1008e9, link=32e9),
 }
+# Devices by the name that JAX calls them (`device_kind`); a card that is not named here, such as one for PCIe with
+# lower clocks, has no peak rather than a wrong one. No CPU is: their makers publish no peak of matrix products.
+KINDS = {
+    "TPU v4": TPUS["v4"],
+    "TPU v5 lite": TPUS["v5e"],
+    "TPU v5": TPUS["v5p"],
+    "TPU v6 lite": TPUS["v6e"],
+    "TPU7x": TPUS["tpu7x"],
+    "NVIDIA A100-SXM4-40GB": GPUS["a100-40gb"],
+    "NVIDIA A100-SXM4-80GB": GPUS["a100-80gb"],
+    "NVIDIA H100 80GB HBM3": GPUS["h100"],
+    "NVIDIA H200": GPUS["h200"],
+    "NVIDIA GeForce RTX 4090": GPUS["4090"],
+}

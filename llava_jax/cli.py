@@ -207,11 +207,13 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _open(arguments: argparse.Namespace):
     from llava_jax.inference.model import load, read_images
 
+    # First what is quick to refuse: a model takes minutes to load.
+    images = read_images(arguments.image)
     template = None if arguments.conv in (None, "raw") else arguments.conv
     model, processor = load(arguments.model, template=template, quantize=arguments.quantize)
     if arguments.conv == "raw":
         processor = dataclasses.replace(processor, template=None)
-    return model, processor, read_images(arguments.image)
+    return model, processor, images
 
 
 def _sampling(arguments: argparse.Namespace):

@@ -50,7 +50,7 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collectiv
         for line in computations[name]:
             instruction = _INSTRUCTION.match(line)
             match = instruction and _COLLECTIVE.match(instruction["rest"])
-            if not match:
+            if not instruction or not match:
                 continue
             axes, group = _group(line, mesh_shape)
             if group == 1:

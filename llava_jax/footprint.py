@@ -37,7 +37,9 @@ def estimate(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple
 
 
 def _llava_activations(layout: Layout, rows: int, length: int, tiles: int, width: int) -> dict[str, int]:
-    config, text = layout.config, layout.config.model.text
+    config, model = layout.config, layout.config.model
+    assert isinstance(model, LlavaConfig), "asked for LLaVAs alone"
+    text = model.text
     tensor = layout.mesh.shape["tensor"]
     tokens = rows * length
     queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llava_jax.chips import GIB, GPUS, TPUS, Chip
 from llava_jax.collectives import Collective, read_collectives
@@ -88,7 +88,7 @@ def plan(config: TrainConfig, topology: str) -> Plan:
 
 def _tpu_devices(topology: str) -> list[Any]:
     if find_spec("libtpu") is None:
-        raise UserError("The TPU compiler, libtpu, is not installed. Run: pip install 'llava-jax[plan]'.")
+        raise UserError("The TPU compiler, libtpu, is not installed. Run pip install -e '.[plan]'.")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
@@ -143,6 +143,7 @@ def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
 def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     """The plan as the TPU compiler finds it."""
     step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS))
+    assert isinstance(job.layout.mesh, Mesh), "a step is compiled for devices"
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     arguments = shard_bytes((job.layout.memory, job.batch))
     try:
@@ -152,7 +153,9 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
         if size is None:
             raise
         return _report(job, topology, chip, fits=False, size=size, collectives=[])
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "the TPU compiler says what it allocates"
+    assert text is not None, "the TPU compiler gives its text"
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -162,7 +165,7 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     }
     total = sum(parts.values()) - 2 * parts["aliased"]
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
-    collectives = read_collectives(compiled.as_text(), dict(job.layout.mesh.shape))
+    collectives = read_collectives(text, dict(job.layout.mesh.shape))
     return _report(job, topology, chip, fits=True, size=size, collectives=collectives)
 
 
@@ -245,7 +248,7 @@ def _batch_summary(job: Job) -> dict[str, int]:
 def _assumptions(job: Job, *, fits: bool) -> list[str]:
     said = [f"flops: {CONVENTION}"]
     data = job.config.data
-    if data.batch_rows is None:
+    if data.batch_rows is None and data.batch_records is not None:
         said.append(
             f"one row per record, as no index of the data is read: {data.batch_records} records in {job.num_rows} rows"
             + (f", {job.num_rows - data.batch_records} of them padding" if job.num_rows > data.batch_records else "")

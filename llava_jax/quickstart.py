@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from llava_jax.inference.generate import Sampling, generate
 from llava_jax.inference.model import Model, Processor, load, read_images
 from llava_jax.sizes import QUICKSTART_VOCABULARY
 from llava_jax.train.config import load_config
-from llava_jax.train.loop import train
+from llava_jax.train.loop import make_workdir, train
 from llava_jax.train.metrics import read_metrics
 
 # Questions answered at a time: enough to keep two cores busy, little memory.
@@ -45,7 +46,7 @@ NUM_QUESTIONS = 14_500
 def quickstart(workdir: str, *, seed: int) -> None:
     """Trains a small LLaVA on the easy-vqa pictures and says how well it answers; goes on where it was stopped.
 
-    Leaves `model/`, `answers.png`, `loss.png`, `evaluation.json` and the three stages' runs in `workdir`.
+    Leaves `model/`, `answers.png`, `loss.png`, `evaluation.json` and each stage's run in `workdir`.
 
     Raises:
       UserError: the easy-vqa package or the configs are not there.
@@ -55,13 +56,13 @@ def quickstart(workdir: str, *, seed: int) -> None:
     configs = Path(llava_jax.__file__).parents[1] / "configs"
     if not configs.is_dir():
         raise UserError(f"The quickstart runs from a clone, which has configs/; {str(configs)!r} does not exist.")
-    data = root / "data"
-    if not (data / "done").exists():
-        _write_data(data, seed=seed)
+    make_workdir(workdir)
+    data, pictures = root / "data", root / "data" / "pictures"
+    runs = {}
     for stage, records in STAGES.items():
         overrides = [
             f"seed={seed}",
-            f"data.image_root={picture_folder()}",
+            f"data.image_root={pictures}",
             f"data.tokenizer={data / 'tokenizer'}",
             f"data.records={data / f'{records}.json'}",
         ]
@@ -69,12 +70,23 @@ def quickstart(workdir: str, *, seed: int) -> None:
             overrides += [f"init.tower={root / 'tower'}", f"init.decoder={root / 'decoder'}"]
         if stage == "tune":
             overrides += [f"init.{part}={root / 'align'}" for part in ("tower", "projector", "decoder")]
-        train(load_config(str(configs / f"quickstart_{stage}.py"), tuple(overrides)), str(root / stage), name=stage)
+        runs[stage] = load_config(str(configs / f"quickstart_{stage}.py"), tuple(overrides))
+    done = data / "done"
+    if not done.is_file() or done.read_text() != str(seed):
+        _write_data(data, seed=seed)
+        done.write_text(str(seed))
+    if not pictures.exists():
+        # Not there yet, or the package has moved.
+        pictures.unlink(missing_ok=True)
+        pictures.symlink_to(picture_folder())
+    for stage, config in runs.items():
+        train(config, str(root / stage), name=stage)
     _export(root)
     _evaluate_and_draw(root)
     print(f"Took {time.perf_counter() - start:.0f} s. Ask it yourself:")
-    picture = picture_folder() / picture_name("test", 0)
-    print(f'  llava-jax generate --model {root / "model"} --image {picture} --prompt "what color is the shape?"')
+    picture = pictures / picture_name("test", 0)
+    command = Path(sys.executable).with_name("llava-jax")
+    print(f'  {command} generate --model {root / "model"} --image {picture} --prompt "what color is the shape?"')
     print((root / "result.txt").read_text().strip())
 
 
@@ -89,7 +101,6 @@ def _write_data(data: Path, *, seed: int) -> None:
     words = [" ".join(span.text for span in V1.render([Turn("user", "?"), Turn("assistant", "!")]))]
     words += [f" {turn['value']}" for record in captions + texts for turn in record["conversations"]]
     train_tokenizer(words, data / "tokenizer", vocab_size=QUICKSTART_VOCABULARY)
-    (data / "done").touch()
 
 
 def _export(root: Path) -> None:

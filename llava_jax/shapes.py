@@ -198,7 +198,7 @@ ModelConfig = LlavaConfig | ClipConfig
 
 
 def _require_scaling(factor: float) -> None:
-    if factor < 1:
+    if not factor >= 1:
         raise ValueError(f"rope_scaling.factor must be at least 1; got {factor}.")
 
 

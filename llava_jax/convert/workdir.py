@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax.convert.fields import read_object
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
@@ -102,7 +103,7 @@ def read_record(step_folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((step_folder / "integrity" / "metadata").read_text())
         stated = record.pop("digest")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"{what} must hold a readable integrity record: {error}.") from error
     if digest(record) != stated:
         raise Damaged(f"{what} is damaged: its integrity record differs from what was saved.")
@@ -143,7 +144,7 @@ def _plain(tensors: Mapping[str, Tensor], workdir: Path) -> dict[str, Tensor]:
             )
     scale = None
     if any(map(is_adapter, tensors)):
-        config = json.loads((workdir / CONFIG).read_text())
+        config = read_object(workdir / CONFIG)
         scale = config["lora.alpha"] / config["lora.rank"]
 
     def view(kernel: Tensor, *adapter: Tensor) -> np.ndarray:
@@ -178,12 +179,3 @@ def named_errors(what: str, remedy: str, kind: type[CheckpointError] = Checkpoin
     except Exception as error:  # Orbax raises bare ones where TensorStore finds a damaged file.
         reason = " ".join(str(error).split())
         raise kind(f"{what}: {reason[:400]}. {remedy}") from error
-
-
-def _read_tree(path: Path) -> Parameters:
-    """A saved dictionary as its metadata describes it, on this host's first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with named_errors(f"{path} could not be read", "", Damaged):
-        shapes = tree_shapes(path)
-        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in shapes.items()}
-        return restore_tree(path, target)

@@ -38,7 +38,7 @@ def picture_folder() -> Path:
     """The folder that picture names are relative to, inside the installed package."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise UserError("The quickstart needs the easy-vqa package; run `pip install 'llava_jax[quickstart]'`.")
+        raise UserError("The quickstart needs the easy-vqa package; run pip install -e '.[quickstart]'.")
     return Path(spec.origin).parent / "data"
 
 

@@ -70,7 +70,7 @@ def parse_record(value: Any, *, as_written: bool = False) -> Record:
 
 def _parse_image(value: Any) -> str | bytes:
     if isinstance(value, str) and value:
-        _require_unicode(value)
+        require_unicode(value)
         return value
     content = value.get("bytes") if isinstance(value, dict) else None
     if isinstance(content, str):
@@ -87,11 +87,12 @@ def _parse_turn(value: Any) -> Turn:
     role = value.get("from") if isinstance(value, dict) else None
     if not isinstance(role, str) or role not in ROLES or not isinstance(value.get("value"), str):
         raise Refused("malformed", f"a turn must be {{'from': 'human' or 'gpt', 'value': text}}; got {_show(value)}")
-    _require_unicode(value["value"])
+    require_unicode(value["value"])
     return Turn(ROLES[role], value["value"])
 
 
-def _require_unicode(text: str) -> None:
+def require_unicode(text: str) -> None:
+    """Raises `Refused` for text that no tokenizer takes."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise Refused("malformed", f"text must be valid Unicode; got a lone surrogate in {_show(text)}")
 

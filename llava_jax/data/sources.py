@@ -158,7 +158,7 @@ def _import_pyarrow() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError("Parquet files need pyarrow; it is not installed: pip install 'llava_jax[parquet]'.") from None
+        raise DataError("Parquet files need pyarrow; it is not installed. Run pip install -e '.[parquet]'.") from None
     return parquet
 
 
@@ -182,7 +182,7 @@ class TfdsRecords:
                 import tensorflow_datasets as tfds
             except ImportError:
                 raise DataError(
-                    "TFDS data need tensorflow-datasets; it is not installed: pip install 'llava_jax[tfds]'."
+                    "TFDS data need tensorflow-datasets; it is not installed. Run pip install -e '.[tfds]'."
                 ) from None
             try:
                 builder: Any = tfds.builder_from_directory(self._source.folder)

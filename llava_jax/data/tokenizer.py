@@ -116,7 +116,7 @@ def read_config(folder: str, name: str = CONFIG) -> dict[str, Any]:
     path = Path(folder) / name
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must be JSON: {error}. Save the tokenizer again.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object; got {config!r:.80}. Save the tokenizer again.")
@@ -177,7 +177,8 @@ class FastTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        # Not the number of tokens: ids may have gaps.
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> Encoding:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -193,6 +194,7 @@ class FastTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         digest = hashlib.sha256((Path(self.folder) / JSON).read_bytes())
         digest.update("\0".join(self.added).encode())
+        digest.update(repr((self.bos_id, self.eos_id)).encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -200,10 +202,10 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.save(str(Path(folder) / JSON))
 
 
-def copy_files(source: str, folder: str | Path) -> None:
+def copy_files(source: str, folder: str | Path, names: Sequence[str] = FILES) -> None:
     """Copies a tokenizer's files; other files of the source are left behind."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in names:
         if Path(source, name).is_file() and Path(source).resolve() != target.resolve():
             shutil.copyfile(Path(source, name), target / name)

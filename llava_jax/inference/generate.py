@@ -46,8 +46,8 @@ class Sampling:
             raise UserError(f"temperature must be 0 (greedy) or positive and finite; got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
-        if self.top_k < 0:
-            raise UserError(f"top_k must be 0 (off) or positive; got {self.top_k}.")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k must be 0 (off) or positive, below 2**31; got {self.top_k}.")
         if "" in self.stop:
             raise UserError("A stop string must hold at least one letter; got ''. Leave it out.")
 
@@ -210,8 +210,8 @@ def pad_prompts(prompts: Sequence[Prompt]) -> Inputs:
             patch_slots[row, : len(prompt.images)] = np.where(prompt.patch_slots < 0, free, prompt.patch_slots)
             is_newline[row, : len(prompt.tokens)] = prompt.is_newline
     lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-    arrays = (tokens, images, patch_slots, is_newline if has_newlines else None, lengths)
-    return Inputs(*(None if array is None else jnp.asarray(array) for array in arrays))
+    newlines = jnp.asarray(is_newline) if has_newlines else None
+    return Inputs(jnp.asarray(tokens), jnp.asarray(images), jnp.asarray(patch_slots), newlines, jnp.asarray(lengths))
 
 
 class _Choice(NamedTuple):

@@ -13,7 +13,7 @@ from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.folder import check_parameters
 from llava_jax.data.conversation import IMAGE_MARK, Span, Template, marked, tokenize
 from llava_jax.data.images import ImageMode, cut_tiles, find_layout, open_image
-from llava_jax.data.records import Turn
+from llava_jax.data.records import Turn, require_unicode
 from llava_jax.data.rows import Example, make_example
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -84,6 +84,11 @@ class Processor:
 
     def _encode(self, spans: Sequence[Span], images: Sequence[Image.Image]) -> Prompt:
         try:
+            for span in spans:
+                require_unicode(span.text)
+        except Refused as refusal:
+            raise UserError(f"{refusal.detail}. Write it in UTF-8.") from None
+        try:
             shape = {"image_size": self.image_size, "num_features": self.num_features}
             layouts = [find_layout(image.size, self.image_mode, **shape) for image in images]
             text = tokenize(spans, self.tokenizer, [layout.num_slots for layout in layouts])
@@ -116,19 +121,14 @@ def load(
             f"Only a LLaVA model can answer; {path!r} holds a {type(config).__name__[:-6]} model. "
             "Give the folder of a stage that trains on conversations."
         )
-    check_parameters(checkpoint.params, structure(config)[1], path)
-    graphdef, held = structure(config, quantize=quantize)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype if is_quantized(name) else dtype, sharding=here)
-        for name, value in held.items()
-    }
-    model = Model(config=config, graphdef=graphdef, params=place_all(checkpoint.params, targets))
     if checkpoint.tokenizer is None:
         raise CheckpointError(
             f"A model's folder must hold tokenizer.json or tokenizer.model; {path!r} does not. Copy them there."
         )
-    tokenizer = open_tokenizer(str(checkpoint.tokenizer))
+    try:
+        tokenizer = open_tokenizer(str(checkpoint.tokenizer))
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"Every token must have an embedding; the tokenizer of {path!r} has vocab_size={tokenizer.vocab_size}, "
@@ -145,6 +145,14 @@ def load(
         image_size=config.vision.image_size,
         num_features=config.num_features,
     )
+    check_parameters(checkpoint.params, structure(config)[1], path)
+    graphdef, held = structure(config, quantize=quantize)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype if is_quantized(name) else dtype, sharding=here)
+        for name, value in held.items()
+    }
+    model = Model(config=config, graphdef=graphdef, params=place_all(checkpoint.params, targets))
     return model, processor
 
 

@@ -1,7 +1,7 @@
 """The Llama decoder: grouped-query attention, rotary positions, RMS norm, gated MLP, KV cache."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -257,7 +257,8 @@ class Llama(nnx.Module):
 
 def replace_linear_layers(decoder: Llama, make: Callable[[Any], nnx.Module]) -> None:
     """Puts `make(layer)` in the place of every linear layer of a decoder's layers, in either form of them."""
-    for layer in decoder.layers if isinstance(decoder.layers, nnx.List) else [decoder.layers]:
+    layers: Sequence[Any] = decoder.layers if isinstance(decoder.layers, nnx.List) else [decoder.layers]
+    for layer in layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(vars(block).items()):
                 if isinstance(linear, nnx.Module):

@@ -164,8 +164,8 @@ class TrainConfig:
         for name in ("checkpoint_every", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2**32; got {self.seed}.")
         if not self.trainable:
             raise ValueError("trainable must name at least one part of the model; got ().")
         if self.lora is not None and ("decoder" not in self.trainable or not isinstance(self.model, LlavaConfig)):
@@ -185,11 +185,11 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
         raise UserError(f"--config must name a Python file; got {path!r}, which does not exist. See configs/.")
     try:
         module = runpy.run_path(path)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"--config {path} cannot be loaded: {error}.") from error
-    if "get_config" not in module:
-        raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
-    config = module["get_config"]()
+        if "get_config" not in module:
+            raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
+        config = module["get_config"]()
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        raise UserError(f"--config {path} cannot be loaded: {error}. Mend the file.") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"get_config() must return a TrainConfig; that of {path!r} returned {config!r:.80}.")
     for override in overrides:

@@ -1,5 +1,6 @@
 """Floating-point operations of a step, counted from the traced model."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from llava_jax.chips import KINDS
 from llava_jax.models.attention import Scope, attend_xla, unconstrained
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import dropout_keys
@@ -30,6 +33,19 @@ def model_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct]) -> in
     """FLOPs that a step of this batch needs, whatever device and implementation runs it (see `CONVENTION`)."""
     full, halved = (_trace(layout, batch, attend, None) for attend in (attend_xla, _attend_freely))
     return (_total(full) + _total(halved)) // 2
+
+
+def seconds_at_peak(layout: Layout, batch: Mapping[str, jax.Array]) -> float | None:
+    """What a step of this batch would take at the published bfloat16 peak of its devices: MFU is this over its time.
+
+    None where no peak is published, as for CPUs (`llava_jax/chips.py`).
+    """
+    assert isinstance(layout.mesh, Mesh), "a step is timed on devices"
+    chip = KINDS.get(layout.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
+    return model_flops(layout, shapes) / (layout.mesh.size * chip.flops)
 
 
 def executed_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct], remat: Remat) -> int:
@@ -66,7 +82,8 @@ def _loss(layout: Layout, trainable: Any, frozen: Any, batch: Any, attend: Any, 
 def _trace(layout: Layout, batch: Mapping[str, Any], attend: Any, remat: Remat) -> tuple[ClosedJaxpr, list[bool]]:
     """The forward pass of a step, and which of its inputs are trained."""
     trainable, frozen, _ = layout.memory
-    traced = jax.make_jaxpr(lambda *trees: _loss(layout, *trees, attend, remat))(trainable, frozen, dict(batch))
+    loss = functools.partial(_loss, layout, attend=attend, remat=remat)
+    traced = jax.make_jaxpr(loss)(trainable, frozen, dict(batch))
     trained = [index < len(trainable) for index in range(len(traced.jaxpr.invars))]
     return traced, trained
 
@@ -89,16 +106,20 @@ def matmul_flops(jaxpr: Jaxpr, reached: Sequence[bool]) -> tuple[int, list[bool]
         total += flops
         for variable, result in zip(equation.outvars, results, strict=True):
             # Nothing flows back through integers and truth values.
-            known[variable] = result and jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+            known[variable] = result and jnp.issubdtype(_aval(variable).dtype, jnp.inexact)
     return total, [look(atom) for atom in jaxpr.outvars]
+
+
+def _aval(atom: Any) -> Any:
+    return atom.aval
 
 
 def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[bool]]:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        once = 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        shape = _aval(equation.invars[0]).shape
+        once = 2 * _aval(equation.outvars[0]).size * math.prod(shape[axis] for axis in contracted)
         return once * (1 + sum(reached)), [any(reached)]
     if name == "scan":
         return _scan_flops(parameters, reached)

@@ -2,7 +2,7 @@
 
 import time
 
-BUCKETS = ("start", "data", "step", "save", "eval")
+BUCKETS: tuple[str, ...] = ("start", "data", "step", "save", "eval")
 
 
 class Clock:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.convert.card import ModelCard, write_card
+from llava_jax.convert.fields import read_object
 from llava_jax.convert.folder import TOKENIZER, copy_tokenizer
 from llava_jax.data.rows import Conversations
 from llava_jax.data.tokenizer import open_tokenizer
@@ -51,8 +52,7 @@ def check_same_run(
     config: TrainConfig, workdir: str, position: Mapping[str, Any], saved_position: Mapping[str, Any]
 ) -> None:
     """Refuses to continue a run with another config or other data."""
-    path = Path(workdir, "config.json")
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_object(Path(workdir, "config.json"))
     now = json.loads(json.dumps(flatten(config)))
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"

@@ -16,6 +16,7 @@ from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.evaluation import HeldOut, check_evaluation
+from llava_jax.train.flops import seconds_at_peak
 from llava_jax.train.forecast import save_forecast
 from llava_jax.train.goodput import Clock
 from llava_jax.train.identity import check_same_run, describe
@@ -42,15 +43,7 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
       DataError, CheckpointError, UserError: the input is at fault; the message says how.
     """
     check_evaluation(config)
-    if "://" in workdir:
-        raise UserError(
-            f"--workdir must be a folder that can be opened as one; got {workdir!r}. Mount the bucket (for gs:// with "
-            "gcsfuse) and give the folder it is mounted on."
-        )
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"--workdir must be a folder that can be written; got {workdir!r}: {error}.") from None
+    make_workdir(workdir)
     processes.begin_run()
     with only_run(workdir), RunRecord(workdir) as record:
         stop = Stop(record)
@@ -106,6 +99,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
                 compiled = jit_step(layout, optimizer).lower(*arguments).compile()
+                report.seconds_at_peak = seconds_at_peak(layout, arrays)
                 stop.start_stepping()
                 clock.lap("start")
             profiler.before(state.step)
@@ -119,8 +113,8 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
             # Asked once: a signal between the two questions below would stop the run without saving it.
             stopping = stop.is_agreed(report.stop_votes)
             if state.step % config.checkpoint_every == 0 or is_last or stopping:
-                eval_loss = None
-                if held_out is not None and not stopping and (is_last or state.step % config.life.eval_every == 0):
+                eval_loss, every = None, config.life.eval_every
+                if held_out is not None and every and not stopping and (is_last or state.step % every == 0):
                     eval_loss = held_out.loss(state.trainable, state.frozen)
                     clock.lap("eval")
                 report.flush(**({} if eval_loss is None else {"eval_loss": eval_loss}))
@@ -134,6 +128,21 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
                 raise Preempted(f"SIGTERM at step {state.step} of {plan.num_steps}: saved; run the same command again.")
         saved.wait()
         clock.lap("save")
+
+
+def make_workdir(workdir: str) -> None:
+    """Makes the folder; raises `UserError` or `CheckpointError` if that cannot be."""
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir must be a folder that can be opened as one; got {workdir!r}. Mount the bucket (for gs:// with "
+            "gcsfuse) and give the folder it is mounted on."
+        )
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--workdir must be a folder that can be written; got {workdir!r}: {error}. Name another."
+        ) from None
 
 
 def data_needs(config: TrainConfig) -> Needs:

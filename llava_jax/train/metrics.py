@@ -1,6 +1,7 @@
 """What a run tells: a line per step in JSONL, curves in TensorBoard, progress on the terminal."""
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from llava_jax.errors import NumericsError, UserError
+from llava_jax.errors import CheckpointError, NumericsError, UserError
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.goodput import Clock
@@ -74,10 +75,10 @@ class _Wandb:
 
     def __init__(self, project: str, workdir: Path):
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError:
             raise UserError(
-                f"life.wandb_project={project!r} needs Weights & Biases. pip install 'llava_jax[wandb]', or set it "
+                f"life.wandb_project={project!r} needs Weights & Biases. Run pip install -e '.[wandb]', or set it "
                 "to none."
             ) from None
         name = workdir.absolute()
@@ -101,14 +102,19 @@ def _lines_before(path: Path, step: int | None) -> list[str]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and (step is None or json.loads(line)["step"] < step):
-            lines.append(line)
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n") and (step is None or json.loads(line)["step"] < step):
+                lines.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} must hold one step a line; line {number} is none: {error!r}. Remove that line."
+            ) from None
     return lines
 
 
 class Progress:
-    """A bar with loss, tokens per second and time left on a terminal; plain lines, a few seconds apart, elsewhere."""
+    """A bar with loss, tokens/s, MFU and time left on a terminal; plain lines, a few seconds apart, elsewhere."""
 
     def __init__(self, *, first_step: int, num_steps: int, name: str, seconds_between_lines: float = 10.0):
         self._is_terminal = sys.stderr.isatty()
@@ -119,21 +125,18 @@ class Progress:
         self._pause = seconds_between_lines
         self._start = self._last_line = time.perf_counter()
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Shows that `step` (counted from 0) is done."""
+    def update(self, step: int, *, loss: float, tokens_per_second: float, mfu: float | None) -> None:
+        """Shows that `step` (counted from 0) is done; `mfu` only where there is one."""
+        told = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU")
         if self._is_terminal:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(told, refresh=False)
             self._bar.update(1)
             return
         now = time.perf_counter()
         if now - self._last_line >= self._pause or step + 1 == self._num_steps:
             self._last_line = now
             left = (now - self._start) / (step + 1 - self._first_step) * (self._num_steps - step - 1)
-            print(
-                f"{self._name}: step {step + 1}/{self._num_steps}, loss {loss:.4f}, "
-                f"{tokens_per_second:,.0f} tokens/s, {left:.0f} s left",
-                flush=True,
-            )
+            print(f"{self._name}: step {step + 1}/{self._num_steps}, {told}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         self._bar.close()
@@ -153,6 +156,8 @@ class Report:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._last = time.perf_counter()
         self.num_replaced = 0
+        # Of one step; None where the devices have no published peak, and so no MFU.
+        self.seconds_at_peak: float | None = None
         # Devices whose process was asked to stop, as the newest finished step counted them.
         self.stop_votes = 0.0
 
@@ -177,9 +182,11 @@ class Report:
                 "or look at its records."
             )
         self.num_replaced += int(values["replaced"])
+        mfu = None if self.seconds_at_peak is None else self.seconds_at_peak / seconds
         line = values | {
             "learning_rate": self._factor(step),
             "seconds": round(seconds, 6),
+            **({} if mfu is None else {"mfu": round(mfu, 6)}),
             **{f"seconds_{name}": round(value, 6) for name, value in self._clock.take().items()},
             # The sum, modulo 2^32, of the checksums of all rows on all hosts.
             "records": f"{int(values['records']):08x}",
@@ -189,7 +196,7 @@ class Report:
         if self._log is not None and step % self._log_every == 0:
             self._log.write(step, line)
         if self._progress is not None:
-            self._progress.update(step, loss=values["loss"], tokens_per_second=values["tokens"] / seconds)
+            self._progress.update(step, loss=values["loss"], tokens_per_second=values["tokens"] / seconds, mfu=mfu)
 
     def close(self) -> None:
         if self._progress is not None:

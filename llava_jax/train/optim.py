@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def hold_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         mu, nu = (jax.tree.map(lambda x: x.astype(jnp.float32), moment) for moment in (state.mu, state.nu))
-        updates, new = adam.update(updates, state._replace(mu=mu, nu=nu), params)
+        updates, new = cast(tuple[Any, Any], adam.update(updates, state._replace(mu=mu, nu=nu), params))
         key = jax.random.fold_in(jax.random.key(0), state.count)
         return updates, new._replace(mu=_rounded(new.mu, key, "mu"), nu=_rounded(new.nu, key, "nu"))
 

@@ -46,7 +46,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (by default all), with the compiler choosing layouts between our constraints."""
     sizes = mesh_sizes(config, len(jax.devices() if devices is None else devices))
     auto = (AxisType.Auto,) * len(sizes)
@@ -144,7 +144,8 @@ def to_devices(
     """This process's rows, those at `places`, as its share of the global batch; `record_ids` stay on the host."""
 
     def share(value: np.ndarray) -> jax.Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "every device has rows"
             first, last, _ = index[0].indices(num_rows)
             start = int(np.searchsorted(places, first))
             return value[start : start + last - first]

@@ -1,5 +1,7 @@
 """Attention on TPUs: the Pallas splash kernel on every device's own rows and heads."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -34,8 +36,8 @@ def make_splash(mesh: Mesh, *, interpret: bool = False) -> Attend:
         q: Float[Array, "b t n h"], k: Float[Array, "b s k h"], v: Float[Array, "b s k h"], scope: Scope
     ) -> Float[Array, "b t n h"]:
         segments = scope.query_segments
-        is_row = segments is not None and segments is scope.key_segments and q.shape[1] == k.shape[1]
-        if not (is_row and scope.causal and q.shape[1] % LANES == 0):
+        is_row = segments is scope.key_segments and q.shape[1] == k.shape[1]
+        if segments is None or not (is_row and scope.causal and q.shape[1] % LANES == 0):
             return attend_xla(q, k, v, scope)
         heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
 
@@ -58,7 +60,7 @@ def make_splash(mesh: Mesh, *, interpret: bool = False) -> Attend:
     return attend
 
 
-def _kernel(length: int, num_heads: int, window: int | None, *, interpret: bool) -> kernels.SplashAttentionKernel:
+def _kernel(length: int, num_heads: int, window: int | None, *, interpret: bool) -> Any:
     if window is None:
         mask: masks.Mask = masks.CausalMask((length, length))
     else:

@@ -188,11 +188,5 @@ def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.jit(lambda trees: tuple(map(stacked_tree, trees)), out_shardings=_shardings(targets))(trees)
 
 
-def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host's array on the devices; every process has the whole of it and gives its own devices their share."""
-    value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

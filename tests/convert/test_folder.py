@@ -143,6 +143,13 @@ def test_a_folder_that_is_no_model_is_never_replaced(params: dict[str, np.ndarra
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_place_that_cannot_be_written_is_the_users_error(params: dict[str, np.ndarray], tmp_path: Path):
+    (tmp_path / "file").touch()
+    card = ModelCard(model=LLAVA, template="v1", image_mode="pad", label="test")
+    with pytest.raises(CheckpointError, match="file/model' could not be written"):
+        write_model_folder(str(tmp_path / "file" / "model"), card, params, tokenizer=None, source="random")
+
+
 def test_parts_are_read_alone(folder: Path, params: dict[str, np.ndarray]):
     found = read_parameters(str(folder), {"projector"})
     _same(found, {name: value for name, value in params.items() if part(name) == "projector"})

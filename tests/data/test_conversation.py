@@ -1,5 +1,6 @@
 """Templates, masks from spans, and the ids that the original recorded."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -223,3 +224,23 @@ def test_a_broken_tokenizer_is_named(needs: Needs, tmp_path: Path, name: str, co
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         open_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_with_gaps_ends_after_its_largest_id(tmp_path: Path, data: Path):
+    """Every id needs an embedding, however many tokens there are."""
+    shutil.copytree(data / "tokenizer", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 999, "content": "<far>"})
+    content["model"]["vocab"]["<far>"] = 999
+    path.write_text(json.dumps(content))
+    assert open_tokenizer(str(tmp_path)).vocab_size == 1000
+
+
+def test_another_end_of_sequence_is_another_tokenizer(tmp_path: Path, data: Path, needs: Needs):
+    """It is named in a file beside the vocabulary, and stands in every row."""
+    shutil.copytree(data / "tokenizer", tmp_path, dirs_exist_ok=True)
+    assert open_tokenizer(str(tmp_path)).fingerprint() == needs.tokenizer.fingerprint()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("</s>", "<s>"))
+    assert open_tokenizer(str(tmp_path)).fingerprint() != needs.tokenizer.fingerprint()

@@ -298,7 +298,8 @@ def test_a_cold_sample_is_greedy(model: Model, processor: Processor, prompts: li
         ({"temperature": float("inf")}, "temperature must be .*; got inf"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1; got 1.5"),
-        ({"top_k": -1}, r"top_k must be 0 \(off\) or positive; got -1"),
+        ({"top_k": -1}, r"top_k must be 0 \(off\) or positive, below 2\*\*31; got -1"),
+        ({"top_k": 2**31}, r"top_k must be .*; got 2147483648"),
     ],
 )
 def test_sampling_refuses_what_means_nothing(fields: dict[str, float], message: str):

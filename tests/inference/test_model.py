@@ -112,7 +112,7 @@ def test_a_folder_without_its_tokenizer_is_refused(copy: Path):
 def test_a_damaged_tokenizer_is_refused_by_name(copy: Path, name: str):
     path = copy / "tokenizer" / name
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(CheckpointError, match=name):
         load(str(copy))
 
 
@@ -161,6 +161,13 @@ def test_marks_and_pictures_must_agree(processor: Processor, text: str, pictures
     if marks:
         with pytest.raises(UserError, match=message):
             processor.ask([Turn("user", text)], [RED] * pictures)
+
+
+def test_text_that_is_no_unicode_is_the_users_error(processor: Processor):
+    """What a shell hands over of bytes that are not UTF-8."""
+    for encode in (lambda: processor.raw("a\udcffb", []), lambda: processor.ask([Turn("user", "\udcff")], [])):
+        with pytest.raises(UserError, match=r"valid Unicode; got a lone surrogate in .*udcff.*UTF-8"):
+            encode()
 
 
 def test_a_conversation_that_the_template_cannot_hold_is_the_users_error(processor: Processor):

@@ -123,6 +123,7 @@ def test_a_wrong_override_is_named_with_its_remedy(config: TrainConfig, override
         "data.max_refused=-1",
         "data.max_refused=nan",
         "seed=-1",
+        "seed=4294967296",
     ],
 )
 def test_a_value_that_no_run_can_mean_is_refused(config: TrainConfig, override: str):
@@ -169,7 +170,16 @@ def test_a_config_file_must_be_one(tmp_path: Path, text: str | None, says: str):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["def get_config(:\n", "import no_such_module\n", "def get_config():\n    return 3\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def get_config(:\n",
+        "import no_such_module\n",
+        "def get_config():\n    return 3\n",
+        "def get_config():\n    return TrainConfg()\n",
+        "from llava_jax.train.config import OptimConfig\n\ndef get_config():\n    return OptimConfig(rate=1)\n",
+    ],
+)
 def test_a_broken_config_file_is_a_users_error(tmp_path: Path, text: str):
     path = tmp_path / "config.py"
     path.write_text(text)

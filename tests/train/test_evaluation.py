@@ -86,7 +86,7 @@ def test_the_forecast_names_bytes_and_warns_of_a_short_grace(tmp_path: Path, mon
 def test_weights_and_biases_is_asked_for_by_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     MetricsLog(str(tmp_path), first_step=0).close()
-    with pytest.raises(UserError, match=r"pip install 'llava_jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[wandb\]'"):
         MetricsLog(str(tmp_path), first_step=0, wandb_project="llava")
 
 

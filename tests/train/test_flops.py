@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax.chips import KINDS, TPUS
 from llava_jax.data.rows import Conversations
 from llava_jax.data.templates import V1
 from llava_jax.models.parameters import bind
 from llava_jax.shapes import LlavaConfig
 from llava_jax.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
-from llava_jax.train.flops import executed_flops, matmul_flops, model_flops
+from llava_jax.train.flops import executed_flops, matmul_flops, model_flops, seconds_at_peak
 from llava_jax.train.objectives import next_token
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.sharding import make_mesh
@@ -102,6 +103,14 @@ def test_a_stack_costs_what_its_layers_cost(remat: str):
     apart, stacked = (_layout(("projector", "decoder"), stacked=stacked) for stacked in (False, True))
     assert model_flops(apart, _batch()) == model_flops(stacked, _batch())
     assert executed_flops(apart, _batch(), REMAT[remat]) == executed_flops(stacked, _batch(), REMAT[remat])
+
+
+def test_a_step_at_peak_is_its_flops_over_those_of_all_devices(monkeypatch: pytest.MonkeyPatch):
+    layout = _layout(("projector", "decoder"))
+    batch = {name: jnp.zeros(value.shape, value.dtype) for name, value in _batch().items()}
+    assert seconds_at_peak(layout, batch) is None
+    monkeypatch.setitem(KINDS, jax.devices()[0].device_kind, TPUS["v5e"])
+    assert seconds_at_peak(layout, batch) == model_flops(layout, _batch()) / (layout.mesh.size * 197e12)
 
 
 def test_recomputation_is_executed_and_not_counted_as_the_model():

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.chips import KINDS, TPUS
 from llava_jax.cli import main
 from llava_jax.convert.folder import read_parameters
 from llava_jax.data.anyres import AnyRes
@@ -229,6 +232,25 @@ def test_a_run_compiles_its_step_once(tmp_path: Path):
     assert (code, calls) == ("0", "1"), result.stderr
     # From the second step on nothing is compiled, checkpoints at steps 2 and 4 included.
     assert len(set(steps[1:])) == 1, steps
+
+
+def test_mfu_is_told_where_the_chip_is_known(finished: Path, tmp_path: Path, attempt, monkeypatch: pytest.MonkeyPatch):
+    assert not any("mfu" in line for line in read_metrics(str(finished)))
+    slow = dataclasses.replace(TPUS["v5e"], flops=1e11)
+    monkeypatch.setitem(KINDS, jax.devices()[0].device_kind, slow)
+    result = attempt(tmp_path / "run", *SHORT)
+    assert re.search(r"step 4/4, loss \S+, \S+ tokens/s, [\d.]+% MFU, 0 s left", result.stdout), result.stdout
+    at_peak = [line["mfu"] * line["seconds"] for line in read_metrics(str(tmp_path / "run"))]
+    assert min(at_peak) > 0
+    # One number for all steps; both factors are rounded.
+    np.testing.assert_allclose(at_peak, at_peak[0], rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["config.json", METRICS_FILE])
+def test_a_damaged_file_of_the_run_is_named(run: Path, attempt, name: str):
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / name).write_text("{\n")
+    _assert_one_line(attempt(run, *SHORT), 74, name)
 
 
 def test_metrics_forget_what_lies_past_the_restored_step(tmp_path: Path):
