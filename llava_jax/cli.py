@@ -81,7 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a checkpoint of any layout in another")
     convert.add_argument("source", metavar="SRC", help="folder of any layout, training workdir, or hub name")
     convert.add_argument("target", metavar="DST", help="folder to write")
-    convert.add_argument("--to", required=True, choices=("jax", "hf", "original", "delta"))
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=("jax", "hf", "original", "delta", "lora", "lora-hf", "lora-hf-4.51"),
+        help="lora: a run's adapters as the original reads them; lora-hf: as PEFT does on transformers' LLaVA",
+    )
+    convert.add_argument("--step", type=int, metavar="N", help="a workdir's saved step (default: its newest good one)")
     convert.add_argument("--base", metavar="SRC", help="what a delta, an adapter or a projector belongs to")
     convert.add_argument(
         "--tower", metavar="SRC", help="CLIP folder, instead of the one that the original's config names"
@@ -173,8 +179,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from llava_jax.convert.conversion import convert
 
-    done = convert(arguments.source, arguments.target, to=arguments.to, base=arguments.base, tower=arguments.tower)
-    print(done)
+    kept = {name: getattr(arguments, name) for name in ("to", "base", "tower", "step")}
+    print(convert(arguments.source, arguments.target, **kept))
 
 
 def _check_data(arguments: argparse.Namespace) -> None:

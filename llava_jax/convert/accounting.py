@@ -87,8 +87,8 @@ def _name(ours: str, model: Any) -> str:
     """A key as a checkpoint would have it, and ours."""
     if isinstance(model, ClipConfig):
         return ours
-    depth = model.projector_depth if isinstance(model, LlavaConfig) else 1
-    return f"{their_name(ours, 'original', projector_depth=depth)} ({ours})"
+    projector = model.projector if isinstance(model, LlavaConfig) else "linear"
+    return f"{their_name(ours, 'original', projector=projector)} ({ours})"
 
 
 def check_buffers(tensors: Mapping[str, Tensor], fields: Fields) -> list[str]:
