@@ -18,14 +18,16 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers",
 Run = Callable[[], Any]
 
 
-def arguments(description: str, *, sizes: Sequence[str]) -> argparse.Namespace:
-    """The options that all benchmarks have."""
+def arguments(description: str, *, sizes: Sequence[str], **more: str) -> argparse.Namespace:
+    """The options that all benchmarks have; `more` are names of others and what they are for."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and its JSON")
     parser.add_argument("--only-ours", action="store_true", help="leave the peer out")
+    for name, purpose in more.items():
+        parser.add_argument(f"--{name}", help=purpose)
     chosen = parser.parse_args()
     if chosen.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"

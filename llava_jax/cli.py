@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from tqdm import tqdm
+
+    # The monitor of its bars is a thread that ends with the process, and CPython 3.11 may crash as it does.
+    tqdm.monitor_interval = 0
     is_training = arguments.run is _train
     if is_training and argv is None:
         signal.signal(signal.SIGTERM, _stopped_before_it_began)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert.fields import Fields
@@ -76,6 +77,11 @@ def settle(model: Any, params: dict[str, Tensor], source: str, notes: list[str])
         f"{params[name].origin} is {params[name].shape} here, must be {tuple(expected[name].shape)}"
         for name in sorted(set(params) & set(expected))
         if params[name].shape != tuple(expected[name].shape)
+    ]
+    problems += [
+        f"{tensor.origin} is {tensor.dtype}, which holds no weights here"
+        for _, tensor in sorted(params.items())
+        if not jnp.issubdtype(tensor.dtype, jnp.floating)
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

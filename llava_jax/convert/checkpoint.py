@@ -161,7 +161,7 @@ def open_checkpoint(
         case "huggingface":
             model = read_huggingface(fields)
             values["image_mode"] = image_mode_of_huggingface(folder, fields, model.vision)
-            values["template"] = find_chat_template(folder)
+            values["template"], values["mm_use_im_start_end"] = find_chat_template(folder)
             values["layout"] = f"Hugging Face {fields.values.get('model_type', 'llava')}"
         case "original":
             values["image_mode"] = image_mode_of_original(fields)

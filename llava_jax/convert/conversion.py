@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Literal
 
 from llava_jax.convert.accounting import expected_parameters
@@ -33,6 +34,8 @@ def convert(
     begin = time.monotonic()
     if to == "delta" and base is None:
         raise UserError("--to delta needs --base, the model to take the difference from.")
+    if Path(source).exists() and Path(source).resolve() == Path(target).resolve():
+        raise UserError(f"A conversion is written to another folder than it is read from; got {target!r} for both.")
     is_for_target = to == "delta" or to in _NAMES
     checkpoint = open_checkpoint(source, base=None if is_for_target else base, tower=tower, step=step)
     check_parameters(checkpoint.params, expected_parameters(checkpoint.model), source)

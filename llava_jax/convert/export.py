@@ -98,8 +98,7 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         )
         _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
         _write_json(new / PROCESSOR, processor_fields(model, mode))
-        # No chat template of transformers frames a picture.
-        template = None if checkpoint.mm_use_im_start_end else chat_template_json(checkpoint.template)
+        template = chat_template_json(checkpoint.template, is_framed=checkpoint.mm_use_im_start_end)
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
             _add_tokens(new, added)
@@ -307,7 +306,21 @@ def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that were added to a tokenizer, by the files that may say so."""
+    """Tokens that were added to a tokenizer, by the files that may say so.
+
+    Raises:
+      CheckpointError: one of them says it in another form than transformers does.
+    """
+    try:
+        return _listed_tokens(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The tokenizer of {str(folder)!r} must list its added tokens as transformers does: {error!r}. "
+            "Download it again."
+        ) from error
+
+
+def _listed_tokens(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         found |= read_object(folder / "added_tokens.json")

@@ -70,36 +70,36 @@ def staged(folder: str) -> Iterator[Path]:
     Raises:
       CheckpointError: something is there that was not written here.
     """
-    target = Path(folder)
+    # What a link points to is replaced, not the link.
+    target = Path(folder).resolve()
     is_empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty and not (target / PROVENANCE).is_file():
         raise CheckpointError(
             f"Only a folder that was written here is replaced; {folder!r} holds no {PROVENANCE}. Name another folder."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    new = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         yield new
         new.chmod(0o755)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder!r} could not be written: {error}. Free space or name another folder."
-        ) from error
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(new, target)
+    except BaseException as error:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{folder!r} could not be written: {error}. Free space or name another folder."
+            ) from error
         raise
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(new, target)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
     """One safetensors file, or shards and the index of them; one tensor is in memory at a time."""
     from tqdm import tqdm
 
-    # The monitor is a thread that ends with the process, and CPython 3.11 may crash when one ends as it exits.
-    tqdm.monitor_interval = 0
     shards = split(tensors, shard_bytes)
     total = total_bytes(tensors.values())
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 1e8, leave=False) as bar:

@@ -107,20 +107,19 @@ def _download(repository: str) -> Path:
         files = huggingface_hub.list_repo_files(repository)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_wanted(files)))
     except Exception as error:  # The library raises many kinds of them.
-        status = getattr(getattr(error, "response", None), "status_code", 500)
-        # A refusal is an answer, and a download that broke has left a part.
-        if files is None and status >= 500:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        is_refusal = status in (401, 403, 404)
+        # A download that broke has left a part of the files.
+        if files is None and not is_refusal:
             with contextlib.suppress(Exception):
                 folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
                 told = f"the hub did not answer for {repository!r}; taking {folder}, downloaded before."
                 print(f"llava-jax: {told}", file=sys.stderr)
                 return folder
-        reason = " ".join(str(error).split())
-        remedy = (
-            "Run the same command again; what is complete is kept."
-            if files
-            else "Check the name; if it is private or gated, ask for access on its page and run `hf auth login`."
-        )
+        remedy = "Run the same command again; files that are complete are kept."
+        if is_refusal:
+            remedy = "Check the name; if it is private or gated, ask for access on its page and run `hf auth login`."
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"{repository!r} is no local path, and the hub did not give it: {reason:.200}. {remedy}"
         ) from error
