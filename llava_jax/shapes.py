@@ -205,7 +205,7 @@ ModelConfig = LlavaConfig | ClipConfig
 
 def _require_scaling(factor: float) -> None:
     if not 1 <= factor < math.inf:
-        raise ValueError(f"rope_scaling.factor must be finite and at least 1; got {factor}.")
+        raise ValueError(f"rope_scaling.factor must be at least 1 and finite; got {factor}.")
 
 
 def _require_positive(config: object, *names: str) -> None:

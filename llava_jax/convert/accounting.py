@@ -79,7 +79,7 @@ def settle(model: Any, params: dict[str, Tensor], source: str, notes: list[str])
         if params[name].shape != tuple(expected[name].shape)
     ]
     problems += [
-        f"{tensor.origin} is {tensor.dtype}, which holds no weights here"
+        f"{tensor.origin} is {tensor.dtype}, which holds no weights"
         for _, tensor in sorted(params.items())
         if not jnp.issubdtype(tensor.dtype, jnp.floating)
     ]

@@ -1,9 +1,9 @@
 """`llava-jax convert`: one checkpoint, opened in whatever layout it has and written in another."""
 
 import dataclasses
+import os
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Literal
 
 from llava_jax.convert.accounting import expected_parameters
@@ -34,7 +34,7 @@ def convert(
     begin = time.monotonic()
     if to == "delta" and base is None:
         raise UserError("--to delta needs --base, the model to take the difference from.")
-    if Path(source).exists() and Path(source).resolve() == Path(target).resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"A conversion is written to another folder than it is read from; got {target!r} for both.")
     is_for_target = to == "delta" or to in _NAMES
     checkpoint = open_checkpoint(source, base=None if is_for_target else base, tower=tower, step=step)

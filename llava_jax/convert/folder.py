@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from llava_jax.convert.card import ModelCard, write_card
 from llava_jax.convert.checkpoint import (
     PROVENANCE,
@@ -181,6 +183,11 @@ def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any], sou
         f"{name} is {params[name].shape}, must be {expected[name].shape}"
         for name in sorted(set(params) & set(expected))
         if tuple(params[name].shape) != tuple(expected[name].shape)
+    ]
+    problems += [
+        f"{name} is {value.dtype}, which holds no weights"
+        for name, value in sorted(params.items())
+        if not jnp.issubdtype(value.dtype, jnp.floating)
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

@@ -61,8 +61,8 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     tensors: dict[str, Tensor] = {}
     files = []
     for name in sorted(set(where.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"Shards must lie beside their index; {index} names {name!r}. Do not trust it.")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name.encode()) > 255:
+            raise CheckpointError(f"Shards must lie beside their index; {index} names {name!r:.80}. Do not trust it.")
         keys = sorted(key for key, file in where.items() if file == name)
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -89,8 +89,10 @@ def locate(source: str) -> Path:
       CheckpointError: there is neither a path nor a repository of that name.
     """
     path = Path(source)
-    if path.exists():
-        return path
+    # Neither has a name that is too long to be one.
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path
     if not _HUB_NAME.fullmatch(source):
         raise CheckpointError(
             f"Weights must come from a folder or a hub name; {source!r} does not exist. Check its spelling."
