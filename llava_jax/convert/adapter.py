@@ -105,7 +105,7 @@ def _scale(fields: Fields, module: str, a: Tensor) -> float:
     return alpha / (math.sqrt(rank) if fields.take("use_rslora", bool, False) else rank)
 
 
-def _of_module(fields: Fields, name: str, module: str, default: float) -> float:
+def _of_module(fields: Fields, name: str, module: str, default: int | float) -> int | float:
     """A number, or what the first pattern that the module's name ends with says instead (`get_pattern_key` of PEFT)."""
     for pattern, value in fields.take(name, dict, {}).items():
         try:

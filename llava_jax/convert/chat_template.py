@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.convert.fields import Fields, read_object
-from llava_jax.data.conversation import Template
+from llava_jax.data.conversation import IMAGE_MARK, Template
 from llava_jax.data.templates import TEMPLATES, chatml, dialogue, find_template, instruct, lines
 
 # What a message says: a text as it stands, or parts as transformers' processors take them, where pictures come first
@@ -54,7 +54,7 @@ def chat_template(template: Template) -> str | None:
         turns = f"{_text(asked)} + text + {_text(stop)}", f"{_text(answered)} + text + {_text(end)}"
         opened = _text(answered)
     elif template.style is lines:
-        alone = f"text.strip() if not text.replace({_text(template.picture)}, '').strip()"
+        alone = f"text.strip() if not text.replace({_text(IMAGE_MARK)}, '').strip()"
         turns = f"{alone} else text + {_text(stop)}", f"text + {_text(end)}"
     else:
         return None

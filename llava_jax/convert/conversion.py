@@ -1,14 +1,13 @@
 """`llava-jax convert`: one checkpoint, opened in whatever layout it has and written in another."""
 
 import dataclasses
-import os
 import time
 from collections import Counter
 from typing import Literal
 
 from llava_jax.convert.accounting import expected_parameters
 from llava_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.convert.export import write_delta, write_huggingface, write_lora, write_original
+from llava_jax.convert.export import adapted_run, write_delta, write_huggingface, write_lora, write_original
 from llava_jax.convert.folder import check_parameters, write_model_folder
 from llava_jax.convert.lora_folder import Names
 from llava_jax.convert.safetensors_file import total_bytes
@@ -34,8 +33,6 @@ def convert(
     begin = time.monotonic()
     if to == "delta" and base is None:
         raise UserError("--to delta needs --base, the model to take the difference from.")
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError(f"A conversion is written to another folder than it is read from; got {target!r} for both.")
     is_for_target = to == "delta" or to in _NAMES
     checkpoint = open_checkpoint(source, base=None if is_for_target else base, tower=tower, step=step)
     check_parameters(checkpoint.params, expected_parameters(checkpoint.model), source)
@@ -71,7 +68,7 @@ def convert(
 
 def _beginning(checkpoint: Checkpoint) -> str:
     """Where the decoder of a run began."""
-    begun = None if checkpoint.run is None else checkpoint.run.init.get("decoder")
+    begun = adapted_run(checkpoint).init.get("decoder")
     if begun in (None, "random"):
         raise UserError(
             f"Adapters belong to a model; {checkpoint.layout} says init.decoder={begun!r}. Give that model as --base."

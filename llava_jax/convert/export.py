@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.convert.chat_template import chat_template_json
-from llava_jax.convert.checkpoint import Checkpoint, check_same_decoder
+from llava_jax.convert.checkpoint import Checkpoint, Run, check_same_decoder
 from llava_jax.convert.config_json import KNOWN_TOWERS, SpecialTokens, text_fields, token_fields, vision_fields
 from llava_jax.convert.delta import fingerprint, make_delta
 from llava_jax.convert.fields import read_object
@@ -159,11 +159,7 @@ def write_lora(
     Raises:
       CheckpointError: the run has no adapters, or `base` is not what it began with.
     """
-    model, run = _llava(checkpoint), checkpoint.run
-    if run is None or run.lora is None:
-        raise CheckpointError(
-            f"Only a run with adapters can be written as one; this is {checkpoint.layout}. Use --to hf."
-        )
+    model, run = _llava(checkpoint), adapted_run(checkpoint)
     trained = run.trained | _rows_that_grew(checkpoint, base, base_name)
     if names != "original" and not (isinstance(base.model, LlavaConfig) and base.layout.startswith("Hugging Face")):
         raise CheckpointError(
@@ -173,6 +169,7 @@ def write_lora(
     begun = str(run.init.get("tower"))
     notes: tuple[str, ...] = (f"{len(trained)} trained arrays at step {run.step}, for the base {base_name}",)
     with staged(folder) as new:
+        assert run.lora is not None, "an adapted run has them"
         write_adapter(new, trained, run.lora, model, base=base_name, names=names)
         if names == "original":
             tower = begun
@@ -185,6 +182,16 @@ def write_lora(
             _write_json(new / "config.json", config | {"unfreeze_mm_vision_tower": has_tower})
         _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
     return notes
+
+
+def adapted_run(checkpoint: Checkpoint) -> Run:
+    """The run of a workdir whose run trained adapters; anything else is refused."""
+    run = checkpoint.run
+    if run is None or run.lora is None:
+        raise CheckpointError(
+            f"Only a run with adapters can be written as one; this is {checkpoint.layout}. Use --to hf."
+        )
+    return run
 
 
 def _rows_that_grew(checkpoint: Checkpoint, base: Checkpoint, base_name: str) -> dict[str, Tensor]:

@@ -114,11 +114,12 @@ def _download(repository: str) -> Path:
         # A download that broke has left a part of the files.
         if files is None and not is_refusal:
             with contextlib.suppress(Exception):
-                folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+                kept = {"local_files_only": True, "allow_patterns": _wanted(["model.safetensors"])}
+                folder = Path(huggingface_hub.snapshot_download(repository, **kept))
                 told = f"the hub did not answer for {repository!r}; taking {folder}, downloaded before."
                 print(f"llava-jax: {told}", file=sys.stderr)
                 return folder
-        remedy = "Run the same command again; files that are complete are kept."
+        remedy = "Check the network and run the same command again; files that are complete are kept."
         if is_refusal:
             remedy = "Check the name; if it is private or gated, ask for access on its page and run `hf auth login`."
         reason = " ".join(str(error).split()) or type(error).__name__

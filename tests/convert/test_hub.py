@@ -93,7 +93,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def run(name: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess:
+def run(name: str, folder: Path, endpoint: str, **more: str) -> subprocess.CompletedProcess:
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "llava_jax.cli", "convert", f"tiny/{name}", str(folder / name), "--to", "jax"],
@@ -101,7 +101,7 @@ def run(name: str, folder: Path, endpoint: str) -> subprocess.CompletedProcess:
         text=True,
         cwd=folder,
         timeout=120,
-        env=os.environ | settings | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"},
+        env=os.environ | settings | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"} | more,
     )
 
 
@@ -115,7 +115,7 @@ def test_a_name_is_downloaded_and_serves_again_without_the_hub(hub: str, tmp_pat
     fetched = {line.rpartition("/")[2] for line in Hub.asked if line.startswith("GET /tiny/good/resolve")}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors"}
     (tmp_path / "good").rename(tmp_path / "first")
-    done = run("good", tmp_path, "http://127.0.0.1:9")
+    done = run("good", tmp_path, hub, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert "the hub did not answer for 'tiny/good'; taking" in done.stderr
 
@@ -125,7 +125,7 @@ def test_a_name_is_downloaded_and_serves_again_without_the_hub(hub: str, tmp_pat
     [
         ("gone", "Check the name; if it is private or gated"),
         ("gated", "ask for access on its page and run `hf auth login`"),
-        ("broken", "Run the same command again; files that are complete are kept"),
+        ("broken", "run the same command again; files that are complete are kept"),
     ],
 )
 def test_a_refusal_and_a_broken_download_are_one_line(hub: str, tmp_path: Path, name: str, says: str):
