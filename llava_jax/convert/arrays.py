@@ -64,7 +64,7 @@ def _by_rows(tensor: Tensor, sharding: jax.sharding.Sharding) -> jax.sharding.Sh
 
 @functools.cache
 def _exchange(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=sharding, donate_argnums=0)
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _place_quantized(
