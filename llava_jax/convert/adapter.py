@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert.fields import Fields, read_json
@@ -64,7 +65,8 @@ def open_adapter(folder: Path) -> Adapter:
             _add_whole(whole, path, key, tensor)
             continue
         name, kind = _known(path, f"{match['module']}.weight")
-        if kind != "matrix" or match["side"] in halves.get(name, {}):
+        is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
+        if kind != "matrix" or not is_float or match["side"] in halves.get(name, {}):
             raise CheckpointError(f"{path}: {key} is no factor of a matrix of its own. Merge this adapter with PEFT.")
         halves.setdefault(name, {})[match["side"]] = tensor
         modules[name] = match["module"].removeprefix("base_model.model.")

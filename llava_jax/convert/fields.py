@@ -64,7 +64,7 @@ class Fields:
         if value is not None and value not in known:
             raise CheckpointError(
                 f"{self.where}: {name}={value!r:.80} is not supported, only "
-                f"{' or '.join(map(repr, known))}. This checkpoint would give other numbers here."
+                f"{' or '.join(map(repr, known)) or 'null'}. This checkpoint would give other numbers here."
             )
 
     def nested(self, name: str) -> "Fields":
