@@ -67,7 +67,9 @@ def open_adapter(folder: Path) -> Adapter:
         name, kind = _known(path, f"{match['module']}.weight")
         is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
         if kind != "matrix" or not is_float or match["side"] in halves.get(name, {}):
-            raise CheckpointError(f"{path}: {key} is no factor of a matrix of its own. Merge this adapter with PEFT.")
+            raise CheckpointError(
+                f"{path}: {key} ({tensor.dtype}) is no factor of a matrix of its own. Merge this adapter with PEFT."
+            )
         halves.setdefault(name, {})[match["side"]] = tensor
         modules[name] = match["module"].removeprefix("base_model.model.")
     if (folder / NON_LORA).is_file():
