@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from tqdm import tqdm
+
+    # The monitor of its bars is a thread that ends with the process, and CPython 3.11 may crash as it does.
+    tqdm.monitor_interval = 0
     is_training = arguments.run is _train
     if is_training and argv is None:
         signal.signal(signal.SIGTERM, _stopped_before_it_began)
@@ -81,7 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a checkpoint of any layout in another")
     convert.add_argument("source", metavar="SRC", help="folder of any layout, training workdir, or hub name")
     convert.add_argument("target", metavar="DST", help="folder to write")
-    convert.add_argument("--to", required=True, choices=("jax", "hf", "original", "delta"))
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=("jax", "hf", "original", "delta", "lora", "lora-hf", "lora-hf-4.51"),
+        help="lora: a run's adapters as the original reads them; lora-hf: as PEFT does on transformers' LLaVA",
+    )
+    convert.add_argument("--step", type=int, metavar="N", help="a workdir's saved step (default: its newest good one)")
     convert.add_argument("--base", metavar="SRC", help="what a delta, an adapter or a projector belongs to")
     convert.add_argument(
         "--tower", metavar="SRC", help="CLIP folder, instead of the one that the original's config names"
@@ -173,8 +183,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from llava_jax.convert.conversion import convert
 
-    done = convert(arguments.source, arguments.target, to=arguments.to, base=arguments.base, tower=arguments.tower)
-    print(done)
+    kept = {name: getattr(arguments, name) for name in ("to", "base", "tower", "step")}
+    print(convert(arguments.source, arguments.target, **kept))
 
 
 def _check_data(arguments: argparse.Namespace) -> None:

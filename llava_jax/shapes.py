@@ -1,11 +1,13 @@
 """Shapes of the networks: every number that a checkpoint dictates, without defaults."""
 
 import dataclasses
+import math
 import re
 from typing import Literal
 
 Activation = Literal["quick_gelu", "gelu"]
 FeatureSelect = Literal["patch", "cls_patch"]
+MAX_LAYERS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "image_size", "patch_size", "embed_dim", "hidden_dim", "num_layers", "num_heads")
         _require_divides("vision.patch_size", self.patch_size, "vision.image_size", self.image_size)
+        _require_above_zero(self, "norm_eps")
         _require_divides("vision.num_heads", self.num_heads, "vision.embed_dim", self.embed_dim)
         _require_choice("vision.activation", self.activation, ("quick_gelu", "gelu"))
 
@@ -48,6 +51,7 @@ class CaptionConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "context_length", "embed_dim", "hidden_dim", "num_layers", "num_heads")
+        _require_above_zero(self, "norm_eps")
         _require_divides("caption.num_heads", self.num_heads, "caption.embed_dim", self.embed_dim)
         _require_choice("caption.activation", self.activation, ("quick_gelu", "gelu"))
         if not 0 <= self.eos_id < self.vocab_size:
@@ -127,6 +131,8 @@ class TextConfig:
         _require_positive(
             self, "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim"
         )
+        _require_positive(self, "max_positions")
+        _require_above_zero(self, "rope_theta", "norm_eps")
         _require_divides("text.num_kv_heads", self.num_kv_heads, "text.num_heads", self.num_heads)
         _require_divides("2", 2, "text.head_dim", self.head_dim)
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -198,8 +204,8 @@ ModelConfig = LlavaConfig | ClipConfig
 
 
 def _require_scaling(factor: float) -> None:
-    if not factor >= 1:
-        raise ValueError(f"rope_scaling.factor must be at least 1; got {factor}.")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"rope_scaling.factor must be at least 1 and finite; got {factor}.")
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -207,6 +213,16 @@ def _require_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ValueError(f"{type(config).__name__}.{name} must be at least 1; got {value}.")
+        # No network has so many, and describing them would take for ever.
+        if name == "num_layers" and value > MAX_LAYERS:
+            raise ValueError(f"{type(config).__name__}.{name} must be at most {MAX_LAYERS}; got {value}.")
+
+
+def _require_above_zero(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{type(config).__name__}.{name} must be finite and above 0; got {value}.")
 
 
 def _require_divides(name: str, value: int, multiple_name: str, multiple: int) -> None:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert.fields import Fields
@@ -77,6 +78,11 @@ def settle(model: Any, params: dict[str, Tensor], source: str, notes: list[str])
         for name in sorted(set(params) & set(expected))
         if params[name].shape != tuple(expected[name].shape)
     ]
+    problems += [
+        f"{tensor.origin} is {tensor.dtype}, which holds no weights"
+        for _, tensor in sorted(params.items())
+        if not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not hold the model of its config: {shown}. Download it again.")
@@ -87,8 +93,8 @@ def _name(ours: str, model: Any) -> str:
     """A key as a checkpoint would have it, and ours."""
     if isinstance(model, ClipConfig):
         return ours
-    depth = model.projector_depth if isinstance(model, LlavaConfig) else 1
-    return f"{their_name(ours, 'original', projector_depth=depth)} ({ours})"
+    projector = model.projector if isinstance(model, LlavaConfig) else "linear"
+    return f"{their_name(ours, 'original', projector=projector)} ({ours})"
 
 
 def check_buffers(tensors: Mapping[str, Tensor], fields: Fields) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert.fields import Fields, read_json
@@ -19,7 +20,13 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"
 # Saved without the adapter's name, held in memory with it; some tools save what is in memory.
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-_COPY = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<leaf>weight|bias)")
+_COPY = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.default)?)?\.(?P<leaf>weight|bias)")
+# Settings that the keys tell too, or that training alone reads.
+_INERT = (
+    "target_modules", "exclude_modules", "lora_dropout", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "megatron_config", "megatron_core", "trainable_token_indices", "eva_config", "runtime_config", "inference_mode",
+    "revision", "auto_mapping", "peft_version", "task_type", "target_parameters", "qalora_group_size",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +49,9 @@ def open_adapter(folder: Path) -> Adapter:
     fields = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
     fields.must_be("peft_type", "LORA")
     fields.must_be("bias", "none")
-    for name in (
-        "use_dora",
-        "fan_in_fan_out",
-        "lora_bias",
-        "use_qalora",
-        "layer_replication",
-        "alora_invocation_tokens",
-    ):
-        fields.must_be(name, False, None)
+    # The others change the base before they begin (PiSSA, OLoRA, CorDA, LoftQ and the like).
+    fields.must_be("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
+    fields.ignore(*_INERT)
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{str(folder)!r} must hold {' or '.join(WEIGHTS)}; it does not. Download it again.")
@@ -61,45 +62,68 @@ def open_adapter(folder: Path) -> Adapter:
     for key, tensor in open_file(path).items():
         match = _PAIR.fullmatch(key)
         if match is None:
-            name, kind = _known(path, key)
-            whole[name] = change_layout(tensor, kind)
+            _add_whole(whole, path, key, tensor)
             continue
         name, kind = _known(path, f"{match['module']}.weight")
-        if kind != "matrix" or match["side"] in halves.get(name, {}):
-            raise CheckpointError(f"{path}: {key} is no factor of a matrix of its own. Merge this adapter with PEFT.")
+        is_float = jnp.issubdtype(tensor.dtype, jnp.floating)
+        if kind != "matrix" or not is_float or match["side"] in halves.get(name, {}):
+            raise CheckpointError(
+                f"{path}: {key} ({tensor.dtype}) is no factor of a matrix of its own. Merge this adapter with PEFT."
+            )
         halves.setdefault(name, {})[match["side"]] = tensor
-        modules[name] = match["module"]
+        modules[name] = match["module"].removeprefix("base_model.model.")
     if (folder / NON_LORA).is_file():
         files.append(folder / NON_LORA)
         for key, tensor in open_file(folder / NON_LORA).items():
-            name, kind = _known(folder / NON_LORA, key)
-            whole[name] = change_layout(tensor, kind)
+            _add_whole(whole, folder / NON_LORA, key, tensor)
+    if not halves:
+        raise CheckpointError(f"{path} must hold an adapter's factors; it holds none. Download it again.")
     pairs, scales = {}, {}
     for name, pair in halves.items():
         if set(pair) != {"A", "B"}:
             (tensor,) = pair.values()
             raise CheckpointError(f"{tensor.origin} has no counterpart. Download the adapter again.")
         pairs[name] = (pair["A"], pair["B"])
-        scales[name] = _scale(fields, modules[name], rank=pair["A"].shape[0])
-    return Adapter(
-        pairs=pairs,
-        scales=scales,
-        whole=whole,
-        files=tuple(files),
-        base=fields.take("base_model_name_or_path", str, None),
-    )
+        scales[name] = _scale(fields, modules[name], pair["A"])
+    base = fields.take("base_model_name_or_path", str, None)
+    fields.done()
+    return Adapter(pairs=pairs, scales=scales, whole=whole, files=tuple(files), base=base)
 
 
-def _scale(fields: Fields, module: str, *, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r); a pattern that a module's name ends with overrides alpha."""
-    alpha = float(fields.take("lora_alpha", float, 8.0))
-    for pattern, value in fields.take("alpha_pattern", dict, {}).items():
-        try:
-            if re.fullmatch(rf"(.*\.)?{pattern}", module):
-                alpha = float(value)
-        except (re.error, TypeError, ValueError) as error:
-            raise CheckpointError(f"{fields.where}: alpha_pattern has {pattern!r}: {value!r}, {error}.") from error
+def _add_whole(whole: dict[str, Tensor], path: Path, key: str, tensor: Tensor) -> None:
+    # What PEFT put a trained copy in the place of: the base has it.
+    if ".original_module." in key:
+        return
+    name, kind = _known(path, key)
+    if name in whole:
+        raise CheckpointError(f"{path}: {key} means {name}, as {whole[name].origin} does. Remove one of them.")
+    whole[name] = change_layout(tensor, kind)
+
+
+def _scale(fields: Fields, module: str, a: Tensor) -> float:
+    """alpha / r, or alpha / sqrt(r)."""
+    alpha = _of_module(fields, "alpha_pattern", module, fields.take("lora_alpha", float, 8.0))
+    rank = _of_module(fields, "rank_pattern", module, fields.take("r", int, 8))
+    if a.shape[:1] != (rank,):
+        raise CheckpointError(f"{a.origin} has the shape {a.shape}; {fields.where} says r={rank:g}. Mend it.")
     return alpha / (math.sqrt(rank) if fields.take("use_rslora", bool, False) else rank)
+
+
+def _of_module(fields: Fields, name: str, module: str, default: int | float) -> int | float:
+    """A number, or what the first pattern that the module's name ends with says instead (`get_pattern_key` of PEFT)."""
+    for pattern, value in fields.take(name, dict, {}).items():
+        try:
+            # A repeated group can take for ever to find no match.
+            if re.search(r"\)[*+{]", pattern):
+                raise ValueError("it repeats a group")
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                number = float(value)
+                if not math.isfinite(number):
+                    raise ValueError("it is not finite")
+                return number
+        except (re.error, TypeError, ValueError) as error:
+            raise CheckpointError(f"{fields.where}: {name} has {pattern!r}: {value!r}, {error}. Mend it.") from error
+    return default
 
 
 def _known(path: Path, key: str) -> tuple[str, Kind]:

@@ -1,12 +1,15 @@
 """From a checkpoint's files straight into arrays on devices."""
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters
 from llava_jax.models.quantized import ABSMAX, CODES, quantize
@@ -31,13 +34,37 @@ def place_all(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStr
 def place(value: Any, dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding) -> jax.Array:
     """A parameter as an array of a sharding.
 
-    Every process reads only the part that its own devices hold; of a tensor in a file, only those bytes.
+    Every process reads only the part that its own devices hold. Where that would be a piece of every row of a file,
+    whose pages hold the pieces of others too, each of several processes reads as many whole rows instead, and they
+    exchange the pieces.
     """
 
     def read(index: Any) -> np.ndarray:
         return np.asarray(value[index]).astype(dtype)
 
-    return jax.make_array_from_callback(tuple(value.shape), sharding, read)
+    rows = _by_rows(value, sharding) if isinstance(value, Tensor) else sharding
+    array = jax.make_array_from_callback(tuple(value.shape), rows, read)
+    return array if rows is sharding else _exchange(sharding)(array)
+
+
+def _by_rows(tensor: Tensor, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding over the same devices that cuts a file into as many pieces, each in one; else the sharding given."""
+    if sharding.is_fully_addressable or not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    cut = [axis for axis, names in enumerate(sharding.spec) if names is not None]
+    if cut in ([], [tensor.slow_axis]):
+        return sharding
+    names = [sharding.spec[axis] for axis in cut]
+    flat = tuple(name for group in names for name in (group if isinstance(group, tuple) else (group,)))
+    if tensor.shape[tensor.slow_axis] % math.prod(sharding.mesh.shape[name] for name in flat):
+        return sharding
+    spec = [flat if axis == tensor.slow_axis else None for axis in range(len(tensor.shape))]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+@functools.cache
+def _exchange(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _place_quantized(

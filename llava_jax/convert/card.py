@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_jax.data.images import ImageMode, check_mode
-from llava_jax.errors import CheckpointError
+from llava_jax.data.templates import find_template
+from llava_jax.errors import CheckpointError, UserError
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
 FILE = "model.json"
@@ -57,8 +58,11 @@ def read_card(folder: str | Path) -> ModelCard:
         if content.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}; a newer llava_jax wrote it")
         kind = _KINDS[content.pop("kind")]
-        return _build(ModelCard, content | {"model": _build(kind, content["model"])})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        card = _build(ModelCard, content | {"model": _build(kind, content["model"])})
+        if card.template is not None:
+            find_template(card.template)
+        return card
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise CheckpointError(f"{path} must describe a model: {error}. Write it again from its source.") from error
 
 

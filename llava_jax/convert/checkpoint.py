@@ -32,6 +32,7 @@ from llava_jax.convert.weights import has_weights, locate, open_file, open_weigh
 from llava_jax.data.images import ImageMode
 from llava_jax.data.tokenizer import FILES
 from llava_jax.errors import CheckpointError
+from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import part
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig, TextConfig, VisionConfig
 from llava_jax.sizes import CLIP_L_336
@@ -46,12 +47,23 @@ TOKENIZER_FILES = (*FILES, "chat_template.jinja", "chat_template.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run at one of its steps: what it trained, with its adapters apart, and where its parts began."""
+
+    step: int
+    trained: dict[str, Tensor]
+    lora: LoraConfig | None
+    init: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A model on disk.
 
     `model` is a part's shape where the checkpoint holds no more (a decoder, a tower); `image_mode` and `template`
     are None where it does not say, `mm_use_im_start_end` is as in `ModelCard`; `config` is its own config.json;
-    `has_tower` is false where the tower was taken from another folder; `notes` say what was done to read it.
+    `has_tower` is false where the tower was taken from another folder; `notes` say what was done to read it;
+    `run` is what a training workdir says besides its model.
     """
 
     model: ModelConfig | TextConfig | VisionConfig
@@ -67,6 +79,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     has_tower: bool = True
     notes: tuple[str, ...] = ()
+    run: Run | None = None
 
     def card(self) -> ModelCard:
         """What a model folder says of it.
@@ -87,8 +100,10 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(source: str, *, base: str | None = None, tower: str | None = None) -> Checkpoint:
-    """Opens a folder of any layout, a training workdir (newest step), a projector file or a hub name.
+def open_checkpoint(
+    source: str, *, base: str | None = None, tower: str | None = None, step: int | None = None
+) -> Checkpoint:
+    """Opens a folder of any layout, a training workdir (newest step, or `step`), a projector file or a hub name.
 
     `base` is the model that a delta, a LoRA adapter or a lone projector belongs to; `tower` the CLIP folder to use
     instead of the one that the original's config names.
@@ -97,12 +112,14 @@ def open_checkpoint(source: str, *, base: str | None = None, tower: str | None =
       CheckpointError: it is none of these, or not every tensor and every field could be accounted for.
     """
     folder = locate(source)
+    if step is not None and not _is_workdir(folder):
+        raise CheckpointError(f"--step is for training workdirs; {source!r} is none. Leave it out.")
     if folder.is_file():
         return _open_projector_file(folder)
     if (folder / FILE).is_file():
         if base is not None:
             raise CheckpointError(f"--base is for deltas, adapters and projectors; {source!r} is whole. Leave it out.")
-        return _open_ours(folder)
+        return _open_ours(folder, step)
     if (folder / adapter.CONFIG).is_file():
         return _open_adapter(folder, base, tower)
     if not (folder / "config.json").is_file():
@@ -137,7 +154,7 @@ def open_checkpoint(source: str, *, base: str | None = None, tower: str | None =
         case "huggingface":
             model = read_huggingface(fields)
             values["image_mode"] = image_mode_of_huggingface(folder, fields, model.vision)
-            values["template"] = find_chat_template(folder)
+            values["template"], values["mm_use_im_start_end"] = find_chat_template(folder)
             values["layout"] = f"Hugging Face {fields.values.get('model_type', 'llava')}"
         case "original":
             values["image_mode"] = image_mode_of_original(fields)
@@ -238,7 +255,7 @@ def _on_base(
     size = fields.take("vocab_size", int, 32_000)
     params = grow_vocabulary(_whole_rows(below.params, found, size), size)
     model, params, more = _with_tower(folder, fields, params, tower, notes)
-    _check_same_decoder(fields, model.text, below)
+    check_same_decoder(model.text, below, str(below.files[0].parent), source=fields.where)
     params = settle(model, params, str(folder), notes)
     return Checkpoint(
         model=model,
@@ -267,16 +284,18 @@ def _whole_rows(base: Mapping[str, Tensor], found: Mapping[str, Tensor], size: i
     return params
 
 
-def _check_same_decoder(fields: Fields, text: TextConfig, below: Checkpoint) -> None:
+def check_same_decoder(text: TextConfig, below: Checkpoint, name: str, *, source: str) -> None:
     """Refuses a base whose shape differs in more than its vocabulary."""
     base = below.model.text if isinstance(below.model, LlavaConfig) else below.model
     if not isinstance(base, TextConfig):
-        raise CheckpointError(f"--base must be a decoder; {below.files[0].parent} is {below.layout}.")
+        raise CheckpointError(f"--base must be a decoder; {name} is {below.layout}. Give what {source} was trained on.")
     free = {"vocab_size": 1, "max_positions": 1, "tie_embeddings": text.tie_embeddings}
     wanted, given = (dataclasses.asdict(dataclasses.replace(config, **free)) for config in (text, base))
     differing = [f"{name} is {given[name]}, must be {wanted[name]}" for name in wanted if wanted[name] != given[name]]
     if differing:
-        raise CheckpointError(f"--base is not the base that {fields.where} was trained on: {'; '.join(differing)}.")
+        raise CheckpointError(
+            f"--base {name} is not the base that {source} was trained on: {'; '.join(differing)}. Give another."
+        )
 
 
 def _open_projector_file(path: Path) -> Checkpoint:
@@ -289,14 +308,15 @@ def _open_projector_file(path: Path) -> Checkpoint:
     return Checkpoint(model=shape, params=params, layout="a projector", files=(path,))
 
 
-def _open_ours(folder: Path) -> Checkpoint:
+def _open_ours(folder: Path, step: int | None) -> Checkpoint:
     """A model folder or a training workdir."""
     card = read_card(folder)
-    if (folder / "checkpoints").is_dir() and not has_weights(folder):
+    run = None
+    if _is_workdir(folder):
         from llava_jax.convert.workdir import open_workdir
 
-        params, step = open_workdir(str(folder))
-        files, layout = (), f"a training workdir at step {step}"
+        params, run = open_workdir(str(folder), step=step)
+        files, layout = (), f"a training workdir at step {run.step}"
     else:
         weights = open_weights(folder)
         params, files, layout = weights.tensors, weights.files, "a model folder"
@@ -313,7 +333,12 @@ def _open_ours(folder: Path) -> Checkpoint:
         tokenizer=find_tokenizer(folder / TOKENIZER),
         config=config,
         files=files,
+        run=run,
     )
+
+
+def _is_workdir(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() and not has_weights(folder)
 
 
 def find_tokenizer(folder: Path) -> Path | None:

@@ -107,14 +107,21 @@ def read_text(fields: Fields, kind: Any) -> TextConfig:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` of transformers 5 or the two fields before it."""
-    rope = fields.nested("rope_parameters") if "rope_parameters" in fields else fields.nested("rope_scaling")
+    """Base and scaling, from `rope_parameters` of transformers 5 or the two fields before it, which must agree."""
+    said = {name: _read_rope(fields.nested(name)) for name in ("rope_parameters", "rope_scaling") if name in fields}
     fields.ignore("rope_parameters", "rope_scaling")
+    thetas = {"rope_theta": fields.take("rope_theta", float, None)} | {name: theta for name, (theta, _) in said.items()}
+    scalings = {name: scaling for name, (_, scaling) in said.items()}
+    for what, values in (("the base", {k: v for k, v in thetas.items() if v is not None}), ("scaling", scalings)):
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{value} in {name}" for name, value in values.items())
+            raise CheckpointError(f"{fields.where}: {what} of the rotary positions is {told}. Remove all but one.")
+    theta = next((value for value in thetas.values() if value is not None), 10_000.0)
+    return theta, next(iter(scalings.values()), None)
+
+
+def _read_rope(rope: Fields) -> tuple[float | None, RopeScaling | None]:
     theta = rope.take("rope_theta", float, None)
-    outside = fields.take("rope_theta", float, None)
-    if None not in (theta, outside) and theta != outside:
-        raise CheckpointError(f"{fields.where}: rope_theta is {outside} and, in rope_parameters, {theta}. Remove one.")
-    theta = theta or outside or 10_000.0
     kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")
     rope.ignore("type", "rope_type")
     scaling: RopeScaling | None = None
@@ -283,13 +290,23 @@ def special_tokens(fields: Fields) -> SpecialTokens:
         value = fields.values.get(name)
         return text.get(name) if value is None and isinstance(text, dict) else value
 
+    def find_id(name: str) -> int | None:
+        value = find(name)
+        if value is not None and type(value) is not int:
+            raise CheckpointError(f"{fields.where}: {name} must be a token id; got {value!r:.80}. Mend it.")
+        return value
+
     eos_id = find("eos_token_id")
-    image_id = find("image_token_index")
+    if isinstance(eos_id, list) and all(type(value) is int for value in eos_id):
+        eos_id = tuple(eos_id)
+    else:
+        eos_id = find_id("eos_token_id")
+    image_id = find_id("image_token_index")
     return SpecialTokens(
-        bos_id=find("bos_token_id"),
-        eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
-        pad_id=find("pad_token_id"),
-        image_id=find("image_token_id") if image_id is None else image_id,
+        bos_id=find_id("bos_token_id"),
+        eos_id=eos_id,
+        pad_id=find_id("pad_token_id"),
+        image_id=find_id("image_token_id") if image_id is None else image_id,
     )
 
 

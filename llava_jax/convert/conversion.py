@@ -7,19 +7,25 @@ from typing import Literal
 
 from llava_jax.convert.accounting import expected_parameters
 from llava_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.convert.export import write_delta, write_huggingface, write_original
+from llava_jax.convert.export import adapted_run, write_delta, write_huggingface, write_lora, write_original
 from llava_jax.convert.folder import check_parameters, write_model_folder
+from llava_jax.convert.lora_folder import Names
 from llava_jax.convert.safetensors_file import total_bytes
 from llava_jax.errors import UserError
 from llava_jax.models.parameters import part
 
-Target = Literal["jax", "hf", "original", "delta"]
+Target = Literal["jax", "hf", "original", "delta", "lora", "lora-hf", "lora-hf-4.51"]
+# Whose names adapters get.
+_NAMES: dict[str, Names] = {"lora": "original", "lora-hf": "hf", "lora-hf-4.51": "hf-4.51"}
 
 
-def convert(source: str, target: str, *, to: Target, base: str | None = None, tower: str | None = None) -> str:
+def convert(
+    source: str, target: str, *, to: Target, base: str | None = None, tower: str | None = None, step: int | None = None
+) -> str:
     """Writes the checkpoint `source` to the folder `target` and returns what was done, in words.
 
-    `base` is what a delta, an adapter or a lone projector belongs to; with `to="delta"`, what to subtract.
+    `base` is what a delta, an adapter or a lone projector belongs to; with `to="delta"`, what to subtract; with one of
+    `lora`, what the run began with, if its config does not say. `step` is one of a training workdir's.
 
     Raises:
       CheckpointError: something could not be accounted for, or the target layout has no such model.
@@ -27,7 +33,8 @@ def convert(source: str, target: str, *, to: Target, base: str | None = None, to
     begin = time.monotonic()
     if to == "delta" and base is None:
         raise UserError("--to delta needs --base, the model to take the difference from.")
-    checkpoint = open_checkpoint(source, base=None if to == "delta" else base, tower=tower)
+    is_for_target = to == "delta" or to in _NAMES
+    checkpoint = open_checkpoint(source, base=None if is_for_target else base, tower=tower, step=step)
     check_parameters(checkpoint.params, expected_parameters(checkpoint.model), source)
     notes: tuple[str, ...] = ()
     match to:
@@ -52,7 +59,21 @@ def convert(source: str, target: str, *, to: Target, base: str | None = None, to
         case "delta":
             assert base is not None, "checked above"
             notes = write_delta(target, checkpoint, open_checkpoint(base), source=source)
+        case _:
+            below = base or _beginning(checkpoint)
+            names, parts = _NAMES[to], open_checkpoint(below)
+            notes = write_lora(target, checkpoint, parts, names=names, base_name=below, source=source)
     return summary(checkpoint, source, target, to, notes, seconds=time.monotonic() - begin)
+
+
+def _beginning(checkpoint: Checkpoint) -> str:
+    """Where the decoder of a run began."""
+    begun = adapted_run(checkpoint).init.get("decoder")
+    if begun in (None, "random"):
+        raise UserError(
+            f"Adapters belong to a model; {checkpoint.layout} says init.decoder={begun!r}. Give that model as --base."
+        )
+    return begun
 
 
 def summary(

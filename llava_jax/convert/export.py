@@ -1,4 +1,4 @@
-"""Writing checkpoints for others: Hugging Face's L1 layout, the original's, and deltas."""
+"""Writing checkpoints for others: Hugging Face's L1 layout, the original's, deltas and adapters."""
 
 import dataclasses
 import json
@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_jax.convert.chat_template import chat_template_json
-from llava_jax.convert.checkpoint import Checkpoint
-from llava_jax.convert.config_json import SpecialTokens, text_fields, token_fields, vision_fields
+from llava_jax.convert.checkpoint import Checkpoint, Run, check_same_decoder
+from llava_jax.convert.config_json import KNOWN_TOWERS, SpecialTokens, text_fields, token_fields, vision_fields
 from llava_jax.convert.delta import fingerprint, make_delta
 from llava_jax.convert.fields import read_object
 from llava_jax.convert.folder import copy_tokenizer, staged, write_weights
 from llava_jax.convert.layouts import to_layout
+from llava_jax.convert.lora_folder import Names, write_adapter
 from llava_jax.convert.preprocessing import (
     PREPROCESSOR,
     PROCESSOR,
@@ -22,7 +25,7 @@ from llava_jax.convert.preprocessing import (
 )
 from llava_jax.convert.provenance import write_provenance
 from llava_jax.convert.tensor import Tensor
-from llava_jax.convert.vocabulary import grow_vocabulary
+from llava_jax.convert.vocabulary import EMBEDDING, HEAD, grow_vocabulary
 from llava_jax.data.anyres import AnyRes
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import part
@@ -75,10 +78,7 @@ def describe_huggingface(
     }
     if isinstance(mode, AnyRes):
         config["image_grid_pinpoints"] = [[height, width] for width, height in mode.pinpoints]
-    tensors = to_layout(
-        params, "huggingface", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
-    )
-    return tensors, config, added, notes
+    return to_layout(params, "huggingface", model), config, added, notes
 
 
 def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
@@ -98,8 +98,7 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         )
         _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
         _write_json(new / PROCESSOR, processor_fields(model, mode))
-        # No chat template of transformers frames a picture.
-        template = None if checkpoint.mm_use_im_start_end else chat_template_json(checkpoint.template)
+        template = chat_template_json(checkpoint.template, is_framed=checkpoint.mm_use_im_start_end)
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
             _add_tokens(new, added)
@@ -115,9 +114,7 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
     The shape of the tower is told by a folder beside the weights that `mm_vision_tower` names.
     """
     model = _llava(checkpoint)
-    tensors = to_layout(
-        checkpoint.params, "original", projector_depth=model.projector_depth, patch_size=model.vision.patch_size
-    )
+    tensors = to_layout(checkpoint.params, "original", model)
     name = checkpoint.config.get("mm_vision_tower")
     is_named = isinstance(name, str)
     config = _original_config(checkpoint, model, tower=name if is_named else str(Path(folder).absolute() / TOWER))
@@ -125,7 +122,7 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", config)
-        _write_json(new / GENERATION, _generation(checkpoint.tokens))
+        _write_json(new / GENERATION, _generation(_special_tokens(checkpoint)))
         if not is_named:
             _write_tower(new / TOWER, checkpoint, model)
         if checkpoint.tokenizer is not None:
@@ -139,12 +136,7 @@ def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source
     model = _llava(checkpoint)
     # A tower that its config only names is not the delta's to pass on.
     params = {name: value for name, value in checkpoint.params.items() if checkpoint.has_tower or part(name) != "tower"}
-    tensors = to_layout(
-        make_delta(params, base.params),
-        "original",
-        projector_depth=model.projector_depth,
-        patch_size=model.vision.patch_size,
-    )
+    tensors = to_layout(make_delta(params, base.params), "original", model)
     name = checkpoint.config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise CheckpointError("A delta is written from a checkpoint of the original's layout. Use --to original first.")
@@ -152,11 +144,73 @@ def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", _original_config(checkpoint, model, tower=name))
-        _write_json(new / GENERATION, _generation(checkpoint.tokens))
+        _write_json(new / GENERATION, _generation(_special_tokens(checkpoint)))
         if checkpoint.tokenizer is not None:
             copy_tokenizer(str(checkpoint.tokenizer), new)
         _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
     return notes
+
+
+def write_lora(
+    folder: str, checkpoint: Checkpoint, base: Checkpoint, *, names: Names, base_name: str, source: str
+) -> tuple[str, ...]:
+    """A run's adapters and what it trained beside them, for the model that it began with; returns notes.
+
+    Raises:
+      CheckpointError: the run has no adapters, or `base` is not what it began with.
+    """
+    model, run = _llava(checkpoint), adapted_run(checkpoint)
+    trained = run.trained | _rows_that_grew(checkpoint, base, base_name)
+    if names != "original" and not (isinstance(base.model, LlavaConfig) and base.layout.startswith("Hugging Face")):
+        raise CheckpointError(
+            f"PEFT puts these adapters on a LLaVA of transformers; --base {base_name} is {base.layout}. Use --to lora."
+        )
+    has_tower = any(part(name) == "tower" for name in trained)
+    begun = str(run.init.get("tower"))
+    notes: tuple[str, ...] = (f"{len(trained)} trained arrays at step {run.step}, for the base {base_name}",)
+    with staged(folder) as new:
+        assert run.lora is not None, "an adapted run has them"
+        write_adapter(new, trained, run.lora, model, base=base_name, names=names)
+        if names == "original":
+            tower = begun
+            if has_tower or KNOWN_TOWERS.get(begun) != model.vision:
+                tower = str(Path(folder).absolute() / TOWER)
+                notes += (f"mm_vision_tower names {TOWER}/ of this folder by its whole path",)
+                _write_tower(new / TOWER, checkpoint, model)
+            config = _original_config(checkpoint, model, tower=tower)
+            # Else PEFT finds the tower's layers where it looks for the decoder's.
+            _write_json(new / "config.json", config | {"unfreeze_mm_vision_tower": has_tower})
+        _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
+    return notes
+
+
+def adapted_run(checkpoint: Checkpoint) -> Run:
+    """The run of a workdir whose run trained adapters; anything else is refused."""
+    run = checkpoint.run
+    if run is None or run.lora is None:
+        raise CheckpointError(
+            f"Only a run with adapters can be written as one; this is {checkpoint.layout}. Use --to hf."
+        )
+    return run
+
+
+def _rows_that_grew(checkpoint: Checkpoint, base: Checkpoint, base_name: str) -> dict[str, Tensor]:
+    """Embedding and head, if the base has another number of tokens.
+
+    Raises:
+      CheckpointError: the base's decoder is another than the run's.
+    """
+    check_same_decoder(_llava(checkpoint).text, base, base_name, source=checkpoint.layout)
+    ours, theirs = checkpoint.params, base.params
+    for name in ours:
+        is_norm = name.startswith("decoder.") and name.endswith(".scale")
+        if is_norm and not np.array_equal(ours[name].view(), theirs[name].view().astype(ours[name].dtype)):
+            raise CheckpointError(
+                f"--base {base_name} is not what the run began with: {theirs[name].origin} differs from "
+                f"{ours[name].origin}. Give the folder that init.decoder named."
+            )
+    names = (name for name in (EMBEDDING, HEAD) if name in ours)
+    return {name: ours[name] for name in names if name not in theirs or ours[name].shape != theirs[name].shape}
 
 
 def _llava(checkpoint: Checkpoint) -> LlavaConfig:
@@ -195,7 +249,7 @@ def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) 
         "use_cache": True,
         **kept,
         **text,
-        **token_fields(checkpoint.tokens),
+        **token_fields(_special_tokens(checkpoint)),
         "architectures": ["LlavaMistralForCausalLM" if is_mistral else "LlavaLlamaForCausalLM"],
         "model_type": "llava_mistral" if is_mistral else "llava_llama",
         "mm_vision_tower": tower,
@@ -215,7 +269,7 @@ def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) 
 def _write_tower(folder: Path, checkpoint: Checkpoint, model: LlavaConfig) -> None:
     folder.mkdir()
     tower = {name: value for name, value in checkpoint.params.items() if name.startswith("tower.")}
-    tensors = to_layout(tower, "huggingface", projector_depth=0, patch_size=model.vision.patch_size)
+    tensors = to_layout(tower, "huggingface", model)
     write_weights(folder, {key.removeprefix("vision_tower."): value for key, value in tensors.items()})
     _write_json(folder / "config.json", vision_fields(model.vision) | {"architectures": ["CLIPVisionModel"]})
     _write_json(folder / PREPROCESSOR, preprocessor_fields("square", model.vision))
@@ -225,7 +279,7 @@ def _with_image_token(
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, Tensor], SpecialTokens, dict[str, int], tuple[str, ...]]:
     """Parameters whose vocabulary has `<image>`, its ids, the tokens to add to the tokenizer, and notes."""
-    tokens, rows = checkpoint.tokens, checkpoint.params["decoder.embed_tokens.embedding"].shape[0]
+    tokens, rows = _special_tokens(checkpoint), checkpoint.params["decoder.embed_tokens.embedding"].shape[0]
     known = {} if checkpoint.tokenizer is None else added_tokens(checkpoint.tokenizer)
     image_id = tokens.image_id if tokens.image_id is not None else known.get(IMAGE_TOKEN)
     if image_id is not None:
@@ -247,8 +301,33 @@ def _with_image_token(
     return grow_vocabulary(checkpoint.params, size), tokens, added, (note,)
 
 
+def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
+    """The ids that its config states, else those of its tokenizer: without an end others would never stop."""
+    tokens = checkpoint.tokens
+    if checkpoint.tokenizer is None or tokens.eos_id is not None:
+        return tokens
+    from llava_jax.data.tokenizer import open_tokenizer
+
+    found = open_tokenizer(str(checkpoint.tokenizer))
+    return dataclasses.replace(tokens, bos_id=found.bos_id, eos_id=found.eos_id)
+
+
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that were added to a tokenizer, by the files that may say so."""
+    """Tokens that were added to a tokenizer, by the files that may say so.
+
+    Raises:
+      CheckpointError: one of them says it in another form than transformers does.
+    """
+    try:
+        return _listed_tokens(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The tokenizer of {str(folder)!r} must list its added tokens as transformers does: {error!r}. "
+            "Download it again."
+        ) from error
+
+
+def _listed_tokens(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         found |= read_object(folder / "added_tokens.json")

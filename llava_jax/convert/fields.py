@@ -1,6 +1,8 @@
 """Fields of a checkpoint's JSON files: each is used, known not to change a number, or refused by name."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointError(f"{self.where}: {name} must be {kind.__name__}; got {value!r:.80}. Mend it.")
+        if kind is float and not math.isfinite(value):
+            raise CheckpointError(f"{self.where}: {name} must be finite; got {value}. Mend it.")
         return value
 
     def must_be(self, name: str, *known: Any) -> None:
@@ -60,7 +64,7 @@ class Fields:
         if value is not None and value not in known:
             raise CheckpointError(
                 f"{self.where}: {name}={value!r:.80} is not supported, only "
-                f"{' or '.join(map(repr, known))}. This checkpoint would give other numbers here."
+                f"{' or '.join(map(repr, known)) or 'null'}. This checkpoint would give other numbers here."
             )
 
     def nested(self, name: str) -> "Fields":
@@ -92,6 +96,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return Fields(read_json(path), str(path)).values
 
 
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose names is there twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"it names {', '.join([name for name, times in names.items() if times > 1][:8])} twice")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a checkpoint.
 
@@ -99,7 +112,7 @@ def read_json(path: Path) -> Any:
       CheckpointError: there is no such file, or it is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_pairs_hook=no_duplicates)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist. Download the checkpoint again.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from llava_jax.convert.card import ModelCard, write_card
 from llava_jax.convert.checkpoint import (
     PROVENANCE,
@@ -71,41 +73,36 @@ def staged(folder: str) -> Iterator[Path]:
     Raises:
       CheckpointError: something is there that was not written here.
     """
-    target = Path(folder)
+    # What a link points to is replaced, not the link.
+    target = Path(folder).resolve()
     is_empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty and not (target / PROVENANCE).is_file():
         raise CheckpointError(
             f"Only a folder that was written here is replaced; {folder!r} holds no {PROVENANCE}. Name another folder."
         )
+    new = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise _unwritten(folder, error) from error
-    try:
         yield new
         new.chmod(0o755)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise _unwritten(folder, error) from error
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(new, target)
+    except BaseException as error:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{folder!r} could not be written: {error}. Free space or name another folder."
+            ) from error
         raise
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(new, target)
-
-
-def _unwritten(folder: str, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{folder!r} could not be written: {error}. Free space or name another folder.")
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
     """One safetensors file, or shards and the index of them; one tensor is in memory at a time."""
     from tqdm import tqdm
 
-    # The monitor is a thread that ends with the process, and CPython 3.11 may crash when one ends as it exits.
-    tqdm.monitor_interval = 0
     shards = split(tensors, shard_bytes)
     total = total_bytes(tensors.values())
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=total < 1e8, leave=False) as bar:
@@ -182,6 +179,11 @@ def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any], sou
         f"{name} is {params[name].shape}, must be {expected[name].shape}"
         for name in sorted(set(params) & set(expected))
         if tuple(params[name].shape) != tuple(expected[name].shape)
+    ]
+    problems += [
+        f"{name} is {value.dtype}, which holds no weights"
+        for name, value in sorted(params.items())
+        if not jnp.issubdtype(value.dtype, jnp.floating)
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

@@ -1,5 +1,7 @@
 """Names and memory layouts of the checkpoints of others, as tables: theirs to ours, and ours to theirs."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -8,6 +10,7 @@ import numpy as np
 
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
+from llava_jax.shapes import LlavaConfig
 
 # same: as it is; matrix: torch keeps (out, in), we keep (in, out); patches: a convolution's (out, 3, p, p) becomes
 # (p * p * 3, out), the order in which `ClipTower` flattens a patch.
@@ -156,14 +159,14 @@ def from_huggingface(tensors: Mapping[str, Array]) -> dict[str, Array]:
     return values
 
 
-def their_name(ours: str, layout: str, *, projector_depth: int) -> str:
+def their_name(ours: str, layout: str, *, projector: str) -> str:
     """The key of one of our parameters in another layout."""
     match = re.fullmatch(r"projector\.linear\.(\d+)\.(kernel|bias)", ours)
     if match is not None:
         index, leaf = int(match[1]), "weight" if match[2] == "kernel" else "bias"
         if layout == "huggingface":
             return f"multi_modal_projector.linear_{index + 1}.{leaf}"
-        return f"model.mm_projector.{leaf}" if projector_depth == 1 else f"model.mm_projector.{2 * index}.{leaf}"
+        return f"model.mm_projector.{leaf}" if projector == "linear" else f"model.mm_projector.{2 * index}.{leaf}"
     for pattern, theirs in _EXPORTS:
         match = re.fullmatch(pattern, ours)
         if match is not None:
@@ -172,12 +175,12 @@ def their_name(ours: str, layout: str, *, projector_depth: int) -> str:
     raise AssertionError(f"{ours} has no name in the layout {layout}")
 
 
-def to_layout(params: Mapping[str, Tensor], layout: str, *, projector_depth: int, patch_size: int) -> dict[str, Tensor]:
+def to_layout(params: Mapping[str, Tensor], layout: str, model: LlavaConfig) -> dict[str, Tensor]:
     """Our parameters under the keys and in the memory layout of `huggingface` (L1) or `original`."""
     tensors = {}
     for ours, tensor in params.items():
-        theirs = their_name(ours, layout, projector_depth=projector_depth)
-        tensors[theirs] = restore_layout(tensor, _kind(ours), patch_size)
+        theirs = their_name(ours, layout, projector=model.projector)
+        tensors[theirs] = restore_layout(tensor, _kind(ours), model.vision.patch_size)
     return tensors
 
 
@@ -190,7 +193,7 @@ def _kind(ours: str) -> Kind:
 def restore_layout(tensor: Tensor, kind: Kind, patch_size: int) -> Tensor:
     """The inverse of `change_layout`."""
     if kind == "matrix":
-        return tensor.changed(tensor.shape[::-1], np.transpose)
+        return tensor.turned()
     if kind == "patches":
         shape = (tensor.shape[1], 3, patch_size, patch_size)
         return tensor.changed(shape, lambda v: v.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1))
@@ -206,12 +209,12 @@ def change_layout(value: Array, kind: Kind) -> Array:
     if isinstance(value, Tensor):
         if len(value.shape) != {"matrix": 2, "patches": 4}.get(kind, len(value.shape)):
             raise CheckpointError(f"{value.origin} has the shape {value.shape}, which a {kind} cannot have.")
-        shape = value.shape
         if kind == "matrix":
-            shape = shape[::-1]
-        elif kind == "patches":
-            shape = (shape[1] * shape[2] * shape[3], shape[0])
-        return value.changed(shape, lambda values: change_layout(values, kind))
+            return value.turned()
+        if kind == "patches":
+            shape = (math.prod(value.shape[1:]), value.shape[0])
+            return dataclasses.replace(value.changed(shape, lambda v: change_layout(v, kind)), slow_axis=1)
+        return value
     if kind == "matrix":
         return value.T
     if kind == "patches":

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llava_jax.convert.fields import no_duplicates
 from llava_jax.convert.tensor import BFLOAT16, Tensor, stored
 from llava_jax.errors import CheckpointError
 
@@ -42,7 +43,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"its header says {length} bytes, the file has {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(file.read(length), object_pairs_hook=no_duplicates)
         return _tensors(path, header, start=8 + length, size=size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error} in its header" if isinstance(error, KeyError) else error
@@ -74,14 +75,6 @@ def _tensors(path: Path, header: Any, *, start: int, size: int) -> dict[str, Ten
     if position != size - start:
         raise ValueError(f"its tensors end at byte {position} of {size - start}")
     return tensors
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
-        raise ValueError(f"it names {', '.join(twice[:8])} twice")
-    return found
 
 
 def write_safetensors(

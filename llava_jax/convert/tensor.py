@@ -20,6 +20,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 class Tensor:
     """Shape, dtype, where it comes from, and a function that brings its values into reach.
 
+    `slow_axis` is the axis along which a part is one piece of the file.
+
     What `view` returns lives as long as the caller holds it: a mapped file is let go, a computed value freed.
     numpy takes a tensor as it is (`np.asarray`), and an index reads no more than its part of the file.
     """
@@ -28,6 +30,7 @@ class Tensor:
     dtype: np.dtype
     origin: str
     view: Callable[[], np.ndarray]
+    slow_axis: int = 0
 
     @property
     def size(self) -> int:
@@ -46,6 +49,10 @@ class Tensor:
     def changed(self, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> "Tensor":
         """The same values in another shape or order."""
         return dataclasses.replace(self, shape=shape, view=lambda: change(self.view()))
+
+    def turned(self) -> "Tensor":
+        """A matrix with its axes exchanged."""
+        return dataclasses.replace(self.changed(self.shape[::-1], np.transpose), slow_axis=1 - self.slow_axis)
 
 
 def stored(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, offset: int) -> Tensor:

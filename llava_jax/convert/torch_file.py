@@ -6,7 +6,9 @@ outside of a short list is refused before it could mean anything.
 
 import math
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -35,6 +37,11 @@ ALLOWED = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
 # Pickles of state dicts have some hundred bytes a tensor.
 MAX_PICKLE = 100_000_000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What following a damaged or hostile file may raise, encrypted and packed zips included.
+_DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError, EOFError,
+    struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 _LITERALS = {"NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG1", "LONG", "BINFLOAT", "FLOAT"}
 _STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES"}
 
@@ -75,7 +82,7 @@ def open_torch(path: Path) -> dict[str, Tensor]:
             if not isinstance(key, str) or not isinstance(value, _Strided):
                 raise ValueError(f"{key!r} must be a tensor; it is {value!r:.80}")
         return {key: _tensor(path, key, value, place) for key, value in state.items()}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} must be a torch file of tensors alone: {error}. Nothing of it was run; save it as safetensors."
         ) from error

@@ -1,7 +1,10 @@
 """The weight files of a folder: one file or the shards that an index names, safetensors or torch's."""
 
+import contextlib
+import fnmatch
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +61,8 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     tensors: dict[str, Tensor] = {}
     files = []
     for name in sorted(set(where.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"Shards must lie beside their index; {index} names {name!r}. Do not trust it.")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name.encode()) > 255:
+            raise CheckpointError(f"Shards must lie beside their index; {index} names {name!r:.80}. Do not trust it.")
         keys = sorted(key for key, file in where.items() if file == name)
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -86,28 +89,53 @@ def locate(source: str) -> Path:
       CheckpointError: there is neither a path nor a repository of that name.
     """
     path = Path(source)
-    if path.exists():
-        return path
+    # Neither has a name that is too long to be one.
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return path
     if not _HUB_NAME.fullmatch(source):
         raise CheckpointError(
             f"Weights must come from a folder or a hub name; {source!r} does not exist. Check its spelling."
         )
+    return _download(source)
+
+
+def _download(repository: str) -> Path:
+    """The files of a repository that matter here, from the hub, or those downloaded before if it does not answer."""
     import huggingface_hub
 
+    files = None
     try:
-        names = huggingface_hub.list_repo_files(source)
-        kinds = ["*.json", "*.model", "*.jinja", "LICENSE*"]
-        # Both formats hold the same; transformers, too, takes safetensors where there are any.
-        kinds.append("*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin")
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=kinds))
-    except Exception as error:
-        # Without a network, what was downloaded before still serves; the library raises many kinds of error.
-        try:
-            folder = Path(huggingface_hub.snapshot_download(source, local_files_only=True))
-        except Exception:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{source!r} is no local path, and the hub did not give it: {reason:.200}. Check the name."
-            ) from error
-        print(f"llava-jax: the hub did not answer for {source!r}; taking {folder}, downloaded before.", file=sys.stderr)
-        return folder
+        files = huggingface_hub.list_repo_files(repository)
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_wanted(files)))
+    except Exception as error:  # The library raises many kinds of them.
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        is_refusal = status in (401, 403, 404)
+        # A download that broke has left a part of the files.
+        if files is None and not is_refusal:
+            with contextlib.suppress(Exception):
+                kept = {"local_files_only": True, "allow_patterns": _wanted(["model.safetensors"])}
+                folder = Path(huggingface_hub.snapshot_download(repository, **kept))
+                told = f"the hub did not answer for {repository!r}; taking {folder}, downloaded before."
+                print(f"llava-jax: {told}", file=sys.stderr)
+                return folder
+        remedy = "Check the network and run the same command again; files that are complete are kept."
+        if is_refusal:
+            remedy = "Check the name; if it is private or gated, ask for access on its page and run `hf auth login`."
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{repository!r} is no local path, and the hub did not give it: {reason:.200}. {remedy}"
+        ) from error
+
+
+def _wanted(files: Sequence[str]) -> list[str]:
+    """Configs, tokenizers, and one format of the weights: both hold the same, and transformers, too, takes safetensors
+    where there are any.
+    """
+    wanted = ["*.json", "*.model", "*.jinja", "LICENSE*", "mm_projector.bin", "non_lora_trainables.bin"]
+    for safe, pickled in (
+        ("model*.safetensors", "pytorch_model*.bin"),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+    ):
+        wanted.append(safe if fnmatch.filter(files, safe) else pickled)
+    return wanted

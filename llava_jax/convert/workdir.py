@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax.convert.checkpoint import Run
 from llava_jax.convert.fields import read_object
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
-from llava_jax.models.lora import A, B, is_adapter, merged
+from llava_jax.models.lora import A, B, LoraConfig, is_adapter, merged
 from llava_jax.models.parameters import Parameters
 from llava_jax.models.quantized import ABSMAX, CODES, dequantize, is_quantized, kernel_shape
 
@@ -33,8 +34,8 @@ CONFIG = "config.json"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """All parameters of a workdir, and their step: its newest step that is not damaged, or `step`.
+def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], Run]:
+    """All parameters of a workdir at its newest step that is not damaged, or at `step`, and what the run did.
 
     Every array is read once here, one at a time, and compared with its fingerprint; none is kept.
 
@@ -60,7 +61,8 @@ def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Te
             continue
         frozen = _open_tree(workdir, root / FROZEN) if record["frozen"] else {}
         compare_frozen(_fingerprints(frozen), record["frozen"], root / FROZEN)
-        return _plain(frozen | trained, root), candidate
+        run = _run(root, candidate, trained)
+        return _plain(frozen | trained, run.lora), run
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
@@ -127,7 +129,21 @@ def tree_shapes(path: Path) -> dict[str, Any]:
         return checkpointer.metadata(path).item_metadata.tree
 
 
-def _plain(tensors: Mapping[str, Tensor], workdir: Path) -> dict[str, Tensor]:
+def _run(workdir: Path, step: int, trained: dict[str, Tensor]) -> Run:
+    config = read_object(workdir / CONFIG) if (workdir / CONFIG).is_file() else {}
+    init = {name.removeprefix("init."): value for name, value in config.items() if name.startswith("init.")}
+    lora = None
+    if any(map(is_adapter, trained)):
+        try:
+            lora = LoraConfig(**{field.name: config[f"lora.{field.name}"] for field in dataclasses.fields(LoraConfig)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{workdir / CONFIG} must say how the run's adapters add up: {error}. Put the run's own file back."
+            ) from error
+    return Run(step=step, trained=trained, lora=lora, init=init)
+
+
+def _plain(tensors: Mapping[str, Tensor], lora: LoraConfig | None) -> dict[str, Tensor]:
     """A run's parameters as those of its plain model, computed as each is read: quantized kernels made whole again,
     adapters, if it trained any, added. Such a kernel gets the dtype of the embedding, which was kept as it was found.
     """
@@ -142,15 +158,11 @@ def _plain(tensors: Mapping[str, Tensor], workdir: Path) -> dict[str, Tensor]:
                 origin=tensors[name].origin,
                 view=functools.partial(_whole, *halves),
             )
-    scale = None
-    if any(map(is_adapter, tensors)):
-        config = read_object(workdir / CONFIG)
-        scale = config["lora.alpha"] / config["lora.rank"]
 
     def view(kernel: Tensor, *adapter: Tensor) -> np.ndarray:
         names = ("x.kernel", "x" + A, "x" + B)
         values = {name: tensor.view() for name, tensor in zip(names, (kernel, *adapter), strict=False)}
-        return merged(values, scale or 0.0)["x.kernel"].astype(kernel.dtype)
+        return merged(values, lora.scale if lora else 0.0)["x.kernel"].astype(kernel.dtype)
 
     for name, kernel in plain.items():
         stem = name.removesuffix(".kernel")

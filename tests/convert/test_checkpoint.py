@@ -120,12 +120,19 @@ def test_missing_unexpected_and_misshapen_keys_are_all_named(plain: dict[str, np
     del tensors["language_model.model.norm.weight"]
     extra = "language_model.model.layers.7.input_layernorm.weight"
     tensors[extra] = np.ones(32, np.float32)
+    whole = "language_model.model.layers.0.mlp.up_proj.weight"
+    tensors[whole] = tensors[whole].astype(np.int8)
     shape = "vision_tower.vision_model.post_layernorm.bias"
     tensors[shape] = tensors[shape][:5]
     folder = write_folder(tmp_path / "m", CONFIG, tensors)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(folder))
-    for words in ("missing model.norm.weight", f"model.safetensors: {extra}", f"{shape} is (5,) here, must be (32,)"):
+    for words in (
+        "missing model.norm.weight",
+        f"model.safetensors: {extra}",
+        f"{shape} is (5,) here, must be (32,)",
+        f"{whole} is int8, ",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,6 +1,7 @@
 """config.json: transformers' own configs become our shapes, and what is not handled is refused by name."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from llava_jax.convert.config_json import (
     special_tokens,
     text_fields,
 )
-from llava_jax.convert.fields import Fields
+from llava_jax.convert.fields import Fields, read_json
 from llava_jax.errors import CheckpointError
 from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 from llava_jax.sizes import CLIP_L_336, LLAVA_15_7B, VICUNA_7B
@@ -155,7 +156,12 @@ def test_towers_and_clip_are_read_from_transformers_configs():
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "must have the field factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta=1"),
-        ({"rope_theta": 5.0}, "rope_theta is 5"),
+        ({"rope_theta": 5.0}, r"base of the rotary positions is 5\.0 in rope_theta, 10000\.0 in rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"scaling of the rotary positions is None in rope_param"),
+        ({"rope_theta": 0.0, "rope_parameters": None}, "rope_theta must be finite and above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite"),
+        ({"num_hidden_layers": 10**9}, "num_layers must be at most 1000"),
+        ({"max_position_embeddings": 0}, "max_positions must be at least 1"),
         ({"qk_norm": True}, "qk_norm=True"),
         ({"hidden_size": "32"}, "hidden_size must be int; got '32'"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3"),
@@ -184,6 +190,20 @@ def test_a_field_that_would_change_the_numbers_is_refused_by_name(change: dict[s
 def test_a_llava_that_is_not_ours_is_refused_by_name(change: dict[str, Any], message: str):
     with pytest.raises(CheckpointError, match=message):
         read_huggingface(_fields(LLAVA_15_HF | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eos_token_id", "two"), ("eos_token_id", [1, "x"]), ("pad_token_id", True)]
+)
+def test_an_id_that_is_none_is_refused(name: str, value: Any):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {name} must be a token id"):
+        special_tokens(Fields({name: value}, "config.json"))
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8, "vocab_size": 9, "hidden_size": 16}')
+    with pytest.raises(CheckpointError, match=r"config\.json must be JSON: it names hidden_size twice"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["llava_onevision", "qwen2", "siglip", None, ["llava"]])

@@ -160,6 +160,18 @@ def test_a_large_folder_is_split_into_shards_and_read_again(tmp_path: Path):
     assert sum(len(open_safetensors(path)) for path in shards) == len(params)
 
 
+def test_a_model_of_ours_tells_others_where_its_answers_end(data: Path, tmp_path: Path):
+    """Its card has no token ids; without an end, `generate` of transformers would never stop."""
+    make_huggingface(tmp_path / "hf")
+    checkpoint = dataclasses.replace(open_checkpoint(str(tmp_path / "hf")), label="x", template="v0")
+    tokenizer = str(data / "tokenizer")
+    write_model_folder(str(tmp_path / "a"), checkpoint.card(), checkpoint.params, tokenizer=tokenizer, source="x")
+    for to in ("hf", "original"):
+        convert(str(tmp_path / "a"), str(tmp_path / to), to=to)
+        told = json.loads((tmp_path / to / "generation_config.json").read_text())
+        assert told["eos_token_id"] == open_tokenizer(tokenizer).eos_id
+
+
 def test_a_folder_of_someone_else_is_never_replaced(tmp_path: Path):
     make_huggingface(tmp_path / "hf")
     before = _bytes(tmp_path / "hf")

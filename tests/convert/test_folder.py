@@ -143,11 +143,17 @@ def test_a_folder_that_is_no_model_is_never_replaced(params: dict[str, np.ndarra
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_place_that_cannot_be_written_is_the_users_error(params: dict[str, np.ndarray], tmp_path: Path):
-    (tmp_path / "file").touch()
-    card = ModelCard(model=LLAVA, template="v1", image_mode="pad", label="test")
-    with pytest.raises(CheckpointError, match="file/model' could not be written"):
-        write_model_folder(str(tmp_path / "file" / "model"), card, params, tokenizer=None, source="random")
+def test_a_place_that_cannot_be_written_is_refused(params: dict[str, np.ndarray], data: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere/model")):
+        with pytest.raises(CheckpointError, match=str(place)):
+            write_model_folder(str(place), CARD, params, tokenizer=str(data / "tokenizer"), source="here")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_model_folder(str(tmp_path / "link"), CARD, params, tokenizer=str(data / "tokenizer"), source="here")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.json").is_file()
 
 
 def test_parts_are_read_alone(folder: Path, params: dict[str, np.ndarray]):
@@ -186,6 +192,10 @@ def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (_edit(lambda card: card["model"].update(text=None)), "text must be"),
         (_edit(lambda card: card.update(image_mode="crop")), "image_mode"),
         (_edit(lambda card: card["model"].update(select_feature="cls")), "select_feature"),
+        (_edit(lambda card: card.update(template="v9")), r"model\.json must .*Unknown conversation template 'v9'"),
+        (_edit(lambda card: card["model"]["text"].update(norm_eps=float("nan"))), "norm_eps must be finite"),
+        (_edit(lambda card: card["model"]["text"].update(num_layers=10**9)), "num_layers must be at most"),
+        (lambda path: path.write_text("[" * 200_000), r"model\.json must describe a model"),
     ],
 )
 def test_a_damaged_card_is_refused(folder: Path, damage: Callable[[Path], None], message: str):
@@ -212,6 +222,8 @@ def test_missing_strange_and_misshapen_tensors_are_named(folder: Path, params: d
     changed = dict(params)
     del changed["decoder.norm.scale"]
     changed["decoder.extra"] = np.zeros(1, np.float32)
+    name = "decoder.layers.0.mlp.up_proj.kernel"
+    changed[name] = params[name].astype(np.int8)
     changed["projector.linear.0.kernel"] = params["projector.linear.0.kernel"][1:]
     save_file(changed, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
@@ -220,6 +232,7 @@ def test_missing_strange_and_misshapen_tensors_are_named(folder: Path, params: d
         "missing decoder.norm.scale",
         "unexpected decoder.extra",
         "projector.linear.0.kernel is (31, 32), must be (32, 32)",
+        "decoder.layers.0.mlp.up_proj.kernel is int8, which holds no weights",
     ):
         assert words in str(caught.value)
 
@@ -253,6 +266,9 @@ def test_a_folder_of_nothing_is_refused(tmp_path: Path, name: str):
         '{"weight_map": {"lm_head.weight": null}}',
         '{"weight_map": {"lm_head.weight": "../outside.safetensors"}}',
         '{"weight_map": {"lm_head.weight": "absent.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": "absent.safetensors", "lm_head.weight": "one.safetensors"}}',
+        '{"weight_map": {"lm_head.weight": "' + 5000 * "n" + '"}}',
+        '{"weight_map": {"lm_head.weight": "a\\u0000b"}}',
         '{"weight_map": {"lm_head.weight": "one.safetensors", "model.norm.weight": "one.safetensors"}}',
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.config_json import text_fields
@@ -20,6 +20,7 @@ from tests.convert.llavas import make_huggingface, numpy_of, original_config, re
 from tests.tiny import TEXT
 
 RANK, ALPHA = 3, 12
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 Q_PROJ = "decoder.layers.1.self_attn.q_proj.kernel"
 
 
@@ -176,6 +177,25 @@ def test_an_adapter_is_merged_under_the_names_of_every_era(
     np.testing.assert_array_equal(found["projector.linear.1.kernel"], target["projector.linear.1.kernel"])
 
 
+def test_patterns_say_more_than_the_setting_that_they_are_for(folders: Path, tmp_path: Path):
+    patterns = {"alpha_pattern": {"k_proj": 1, "^model.layers.1.self_attn.q_proj": 6}, "rank_pattern": {"q_proj": RANK}}
+    pair = _adapter(tmp_path / "m", name=Q.format, config={}, r=64, **patterns)
+    found, base = _open(tmp_path / "m", folders / "base"), _open(folders / "base")
+    np.testing.assert_allclose(found[Q_PROJ], base[Q_PROJ] + 6 / RANK * (pair["B"] @ pair["A"]).T, atol=1e-5)
+
+
+def test_a_trained_copy_wins_over_what_it_replaced_and_two_are_refused(folders: Path, tmp_path: Path):
+    _adapter(tmp_path / "m", name=Q.format, config={})
+    path, key = tmp_path / "m" / "adapter_model.safetensors", "base_model.model.lm_head{}.weight"
+    rows = _open(folders / "base")["decoder.lm_head.kernel"].T
+    copies = {key.format(".modules_to_save.default"): rows + 1, key.format(".original_module"): rows}
+    save_file(load_file(path) | copies, path)
+    np.testing.assert_array_equal(_open(tmp_path / "m", folders / "base")["decoder.lm_head.kernel"], (rows + 1).T)
+    save_file(load_file(path) | {key.format(""): rows}, path)
+    with pytest.raises(CheckpointError, match=r"lm_head.* means decoder\.lm_head\.kernel, as .* does"):
+        _open(tmp_path / "m", folders / "base")
+
+
 @pytest.mark.parametrize(
     ("key", "settings", "message"),
     [
@@ -185,6 +205,13 @@ def test_an_adapter_is_merged_under_the_names_of_every_era(
         ("base_model.model.model.layers.1.mlp.gate_proj.lora_{}.weight", {}, "gate_proj.*is .32, 48., .* needs"),
         ("base_model.model.model.layers.9.self_attn.q_proj.lora_{}.weight", {}, r"has no decoder\.layers\.9"),
         ("base_model.model.transformer.h.1.attn.lora_{}.weight", {}, r"no rule knows base_model\.model\.transformer"),
+        (Q, {"use_kasa": True}, "use_kasa=True"),
+        (Q, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        (Q, {"r": 64}, r"q_proj\.lora_A\.weight has the shape .3, 32.; .*adapter_config\.json says r=64"),
+        (Q, {"rank_pattern": {"q_proj": 9}}, "says r=9"),
+        (Q, {"lora_alpha": float("nan")}, "lora_alpha must be finite"),
+        (Q, {"alpha_pattern": {"(a+)+q": 1}}, "alpha_pattern has .*it repeats a group"),
+        (Q, {"alpha_pattern": {"(": 1}}, "alpha_pattern has"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_key(

@@ -96,10 +96,10 @@ def _abstract(model: LlavaConfig) -> Checkpoint:
 
 _MEASURE = """
 import resource, sys
-from llava_jax.convert.conversion import convert
-import jax, optax, flax.nnx, tqdm
+from llava_jax.cli import main
+import jax, optax, flax.nnx
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert(sys.argv[1], sys.argv[2], to=sys.argv[3])
+assert main(["convert", sys.argv[1], sys.argv[2], "--to", sys.argv[3]]) == 0
 with open("/proc/self/status") as status:
     high = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 print(before, high)

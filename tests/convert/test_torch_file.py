@@ -98,6 +98,12 @@ def test_damage_is_refused(tmp_path: Path):
         (tmp_path / "cut.bin").write_bytes(whole[:kept])
         with pytest.raises(CheckpointError, match=r"cut\.bin must be a torch file"):
             open_torch(tmp_path / "cut.bin")
+    # Old files hold several pickles; one of the wrong kind, and opcodes that find nothing to work on.
+    magic, number = pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2)
+    for content in (magic + number + number, magic + number + b"\x80\x02t.", magic + b"\x80\x02" + b"(" * 99):
+        (tmp_path / "odd.bin").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"odd\.bin must be a torch file"):
+            open_torch(tmp_path / "odd.bin")
     (tmp_path / "raw.bin").write_bytes(pickle.dumps(_Command(os.system, "true")))
     with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
         open_torch(tmp_path / "raw.bin")
