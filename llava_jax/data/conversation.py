@@ -66,7 +66,8 @@ class Template:
         if unplaced and self.picture.startswith("<Image>"):
             opening = [Turn("user", self.picture * unplaced), Turn("assistant", "Received.")]
         elif unplaced:
-            turns = [Turn(turns[0].role, f"{IMAGE_MARK}\n" * unplaced + turns[0].text), *turns[1:]]
+            first, *turns = turns
+            opening = [Turn(first.role, f"{self.picture}\n" * unplaced + first.text.strip())]
         arranged = [
             Turn(turn.role, move_image_first(turn.text).replace(IMAGE_MARK, self.picture))
             if turn.role == "user"
