@@ -105,8 +105,6 @@ def supervise(
         turns = turns[1:]
     if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise Refused("malformed", "turns must alternate between human and gpt")
-    if template.style is instruct and not turns[0].text:
-        raise Refused("malformed", "the first question must not be empty")
     text = "".join(span.text for span in template.style(template, turns))
     if template.style is dialogue:
         rounds = _rounds(text.split(template.ends[1]), f"{template.ends[0]}{template.roles[1]}: ")

@@ -84,14 +84,15 @@ class Template:
 def move_image_first(text: str) -> str:
     r"""Puts a turn's single picture on a line of its own in front (`preprocess_multimodal` of the original).
 
-    Several pictures keep their places: interleaving carries meaning.
+    Several pictures keep their places: interleaving carries meaning. So does one whose neighbours would become a mark.
 
     Example:
         "Look at this <image> and count."   ->   "<image>\nLook at this  and count."
     """
-    if text.count(IMAGE_MARK) != 1:
+    words = text.replace(IMAGE_MARK, "")
+    if text.count(IMAGE_MARK) != 1 or IMAGE_MARK in words:
         return text
-    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+    return f"{IMAGE_MARK}\n{words.strip()}".strip()
 
 
 def marked(text: str) -> list[Span]:

@@ -186,8 +186,8 @@ def _layouts(record: Mapping[str, Any]) -> list[Layout]:
     config, vision = record["config"], record["vision"]
     shape = vision["image_size"], vision["num_patches_per_side"] ** 2
     is_list = record["image_container"] in ("list3d", "list4d", "stack5d")
-    mode = image_mode_of_original(Fields(config, "config"))
     merge = config.get("mm_patch_merge_type", "flat") if is_list else "flat"
+    mode = "square" if merge == "flat" else image_mode_of_original(Fields(config, "config"))
     layouts = []
     for num_tiles, size in zip(record["tiles_per_image"], map(tuple, record["image_sizes_wh"]), strict=True):
         if num_tiles == 1:
