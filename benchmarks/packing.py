@@ -104,8 +104,9 @@ def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, 
 
 def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
     rng = np.random.default_rng(1)
-    order = rng.permutation(len(lengths.tokens))
-    if grouped:
+    if not grouped:
+        order = rng.permutation(len(lengths.tokens))
+    else:
         words = np.where(lengths.has_picture, lengths.words, -lengths.words).tolist()
         order = np.array(group_by_modality_length(words, per_device, DEVICES, lambda n: rng.permutation(n).tolist()))
     steps, slots, waiting = padded(lengths, order, per_device)
