@@ -1,6 +1,6 @@
 """Packing against the original's grouping by length, on lengths like those of its data sets; a few minutes of one CPU.
 
-python benchmarks/packing.py > benchmarks/results/packing.md
+python -m benchmarks.packing > benchmarks/results/packing.md
 
 The lengths are drawn, since the data sets are not here: mix665k by its published parts (counts of the LLaVA
 repository's issue 702), words of every part from a log-normal whose mean and spread are this file's guess, 1.35 tokens
@@ -14,6 +14,7 @@ import platform
 
 import numpy as np
 
+from benchmarks.grouping import group_by_modality_length
 from llava_jax.data.index import Index
 from llava_jax.data.mix import Mix, Part, Records
 from llava_jax.data.plan import make_plan
@@ -71,39 +72,6 @@ def _lengths(words: np.ndarray, has_picture: np.ndarray, opening: int) -> Length
     return Lengths(np.minimum(tokens, LENGTH), words, has_picture)
 
 
-def group_by_modality_length(lengths: Lengths, rng: np.random.Generator) -> np.ndarray:
-    """The original's order (`get_modality_length_grouped_indices`, llava/train/llava_trainer.py)."""
-    megabatch = DEVICES * PER_DEVICE
-    whole, left = [], []
-    for numbers in (np.flatnonzero(lengths.has_picture), np.flatnonzero(~lengths.has_picture)):
-        order = numbers[_group_by_length(lengths.words[numbers], rng)]
-        parts = [order[at : at + megabatch] for at in range(0, len(order), megabatch)]
-        whole += parts[:-1]
-        left += parts[-1:]
-    shuffled = [whole[i] for i in rng.permutation(len(whole))]
-    return np.concatenate([*shuffled, np.sort(np.concatenate(left))])
-
-
-def _group_by_length(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`get_length_grouped_indices`: inside every megabatch, chunks of about equal sums for the devices."""
-    order, megabatch = rng.permutation(len(words)), DEVICES * PER_DEVICE
-    out = []
-    for at in range(0, len(order), megabatch):
-        part = order[at : at + megabatch]
-        part = part[np.argsort(-words[part], kind="stable")]
-        if len(part) % DEVICES:
-            out += [part[device::DEVICES] for device in range(DEVICES)]
-            continue
-        room, sums = len(part) // DEVICES, np.zeros(DEVICES)
-        chunks: list[list[int]] = [[] for _ in range(DEVICES)]
-        for record in part.tolist():
-            shortest = int(np.argmin(sums))
-            chunks[shortest].append(record)
-            sums[shortest] = sums[shortest] + words[record] if len(chunks[shortest]) < room else np.inf
-        out += [np.array(chunk) for chunk in chunks]
-    return np.concatenate(out)
-
-
 def padded(lengths: Lengths, order: np.ndarray, per_device: int) -> tuple[int, int, int]:
     """Steps, slots, and slots if every device takes as long as the one with the longest record of the step.
 
@@ -136,7 +104,11 @@ def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, 
 
 def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
     rng = np.random.default_rng(1)
-    order = group_by_modality_length(lengths, rng) if grouped else rng.permutation(len(lengths.tokens))
+    if not grouped:
+        order = rng.permutation(len(lengths.tokens))
+    else:
+        words = np.where(lengths.has_picture, lengths.words, -lengths.words).tolist()
+        order = np.array(group_by_modality_length(words, per_device, DEVICES, lambda n: rng.permutation(n).tolist()))
     steps, slots, waiting = padded(lengths, order, per_device)
     records = DEVICES * per_device
     how = "group_by_modality_length" if grouped else "random batches"

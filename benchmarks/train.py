@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.grouping import group_by_modality_length
 from benchmarks.report import arguments, in_turns, publish, rate, ratio
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     # Stage 1 reads captions alone.
     num_text = 0 if chosen.stage == "stage1" else max(1, job.conversations // 16)
     mixed = conversations(mixed_lengths(job, config, num_text), config, num_text=num_text)
-    grouped = group_by_modality_length([len(c.tokens) for c in mixed], [bool(len(c.images)) for c in mixed], job.batch)
+    grouped = in_batches(mixed, job.batch)
     device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
     dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -162,24 +163,12 @@ def conversations(lengths: Sequence[int], config: Any, *, num_text: int) -> list
     return made
 
 
-def group_by_modality_length(lengths: Sequence[int], has_picture: Sequence[bool], batch: int) -> list[list[int]]:
-    """Batches as `get_modality_length_grouped_indices` of the original (`llava_trainer.py`) makes them on 8 devices."""
+def in_batches(examples: Sequence[Any], batch: int) -> list[list[int]]:
+    """Numbers of the examples of every batch, as the original groups them."""
+    lengths = [len(example.tokens) * (1 if len(example.images) else -1) for example in examples]
     rng = np.random.default_rng(2)
-    batches = []
-    for kind in (True, False):
-        order = rng.permutation([i for i, picture in enumerate(has_picture) if picture == kind]).tolist()
-        for at in range(0, len(order), DEVICES * batch):
-            mega = sorted(order[at : at + DEVICES * batch], key=lambda i: -lengths[i])
-            # Even totals: the next longest goes to the device that has least; an incomplete rest is cut in order.
-            if len(mega) % DEVICES:
-                batches += [mega[i : i + batch] for i in range(0, len(mega), batch)]
-                continue
-            chunks: list[list[int]] = [[] for _ in range(DEVICES)]
-            for i in mega:
-                free = [chunk for chunk in chunks if len(chunk) < len(mega) // DEVICES]
-                min(free, key=lambda chunk: sum(lengths[j] for j in chunk)).append(i)
-            batches += chunks
-    return batches
+    order = group_by_modality_length(lengths, batch, DEVICES, lambda count: rng.permutation(count).tolist())
+    return [order[at : at + batch] for at in range(0, len(order), batch)]
 
 
 def peer_batch(examples: Sequence[Any], config: Any, device: str, dtype: Any) -> dict[str, Any]:

@@ -67,17 +67,18 @@ def image_mode_of_original(config: Fields) -> ImageMode:
     """The mode that the original's config states; what it does without one is `square`."""
     mode = config.take("image_aspect_ratio", str, "square")
     merge = config.take("mm_patch_merge_type", str, "flat")
-    if mode == "pad":
+    is_known = merge in ("flat", "spatial", "spatial_unpad")
+    if mode == "pad" and is_known:
         return "pad"
-    if mode == "square":
+    if mode == "square" and is_known:
         return "square"
-    if mode == "anyres" and merge in ("flat", "spatial", "spatial_unpad"):
+    if mode == "anyres" and is_known:
         grid = config.take("image_grid_pinpoints", object)
         pinpoints = tuple(_pairs(_grid(grid), config.where))
         return AnyRes(pinpoints=pinpoints, merge=merge, rounding="original")
     raise CheckpointError(
         f"{config.where}: image_aspect_ratio={mode!r} with mm_patch_merge_type={merge!r} is not supported, only "
-        "square, pad, and anyres merged flat, spatial or spatial_unpad."
+        "square, pad and anyres, merged flat, spatial or spatial_unpad."
     )
 
 

@@ -105,8 +105,6 @@ def supervise(
         turns = turns[1:]
     if not turns or any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise Refused("malformed", "turns must alternate between human and gpt")
-    if template.style is instruct and not turns[0].text:
-        raise Refused("malformed", "the first question must not be empty")
     text = "".join(span.text for span in template.style(template, turns))
     if template.style is dialogue:
         rounds = _rounds(text.split(template.ends[1]), f"{template.ends[0]}{template.roles[1]}: ")
@@ -249,6 +247,29 @@ def _paragraphs(template: Template, turns: Sequence[Turn], sequence: _Sequence) 
             is_label[at + 2 : at + length] = False
         at += length
     return Supervised(np.array(ids, np.int32), is_label, False)
+
+
+def share(marks: Sequence[int], num_pictures: int, compat: Compat) -> list[list[int]]:
+    """Which of a batch's pictures every row shows, by the number of its marks, whosever pictures they are.
+
+    One cursor runs through all pictures, and a row without a mark passes one by
+    (`prepare_inputs_labels_for_multimodal`). Where one is missing, LLaVA-NeXT shows the last once more.
+
+    Example, rows of 1, 0 and 2 marks, 4 pictures:
+        [[0], [], [2, 3]]
+
+    Raises:
+      Refused: the original stops with an exception.
+    """
+    shares, at = [], 0
+    spare = int(compat == "next" and num_pictures > 0)
+    for count in marks:
+        last = at + max(count, 1)
+        if last > num_pictures + spare * (count > 0):
+            raise Refused("image count", f"{sum(marks)} {IMAGE_MARK} marks for {num_pictures} pictures")
+        shares.append([min(i, num_pictures - 1) for i in range(at, at + count)])
+        at = last
+    return shares
 
 
 def collate(

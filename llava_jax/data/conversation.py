@@ -66,7 +66,8 @@ class Template:
         if unplaced and self.picture.startswith("<Image>"):
             opening = [Turn("user", self.picture * unplaced), Turn("assistant", "Received.")]
         elif unplaced:
-            turns = [Turn(turns[0].role, f"{IMAGE_MARK}\n" * unplaced + turns[0].text), *turns[1:]]
+            first, *turns = turns
+            opening = [Turn(first.role, f"{self.picture}\n" * unplaced + first.text.strip())]
         arranged = [
             Turn(turn.role, move_image_first(turn.text).replace(IMAGE_MARK, self.picture))
             if turn.role == "user"
@@ -83,14 +84,15 @@ class Template:
 def move_image_first(text: str) -> str:
     r"""Puts a turn's single picture on a line of its own in front (`preprocess_multimodal` of the original).
 
-    Several pictures keep their places: interleaving carries meaning.
+    Several pictures keep their places: interleaving carries meaning. So does one whose neighbours would become a mark.
 
     Example:
         "Look at this <image> and count."   ->   "<image>\nLook at this  and count."
     """
-    if text.count(IMAGE_MARK) != 1:
+    words = text.replace(IMAGE_MARK, "")
+    if text.count(IMAGE_MARK) != 1 or IMAGE_MARK in words:
         return text
-    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}".strip()
+    return f"{IMAGE_MARK}\n{words.strip()}".strip()
 
 
 def marked(text: str) -> list[Span]:

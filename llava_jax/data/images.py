@@ -41,6 +41,9 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         raise Refused("oversized picture", f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise Refused("unreadable picture", f"{path}: {error}") from None
+    if image.format == "TIFF":
+        # Pillow 13 maps a plain TIFF of that name with its sides swapped if EXIF turns it; without one it reads it.
+        image.filename = ""
     width, height = image.size
     shape_limit = max(width, height) > MAX_ASPECT * min(width, height)
     if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS or shape_limit:
@@ -146,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise Refused("damaged picture", f"{getattr(image, 'filename', 'picture')}: {error}") from None
+        raise Refused("damaged picture", f"{getattr(image, 'filename', '') or 'picture'}: {error}") from None
 
 
 def _pad_to_square(image: Image.Image) -> Image.Image:

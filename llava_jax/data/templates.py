@@ -43,8 +43,10 @@ def paragraphs(template: Template, turns: Sequence[Turn]) -> list[Span]:
 def instruct(template: Template, turns: Sequence[Turn]) -> list[Span]:
     """`SeparatorStyle.LLAMA_2`: `[INST] question [/INST] answer </s><s>[INST] ...`; the tokenizer opens with BOS.
 
-    `ends[0]` is what opens every question but the first. Trained: answers with `</s>`.
+    `ends[0]` is what opens every question but the first, which holds the system's words. Trained: answers with `</s>`.
     """
+    if turns and not turns[0].text:
+        raise Refused("malformed", f"the first question of the {template.name} template must not be empty")
     spans = []
     for i, turn in enumerate(turns):
         if not turn.text:

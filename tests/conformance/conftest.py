@@ -1,5 +1,6 @@
 """`--golden DIR`: one test per recorded case, and a table of families at the end."""
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tests.conformance.report import NOT_BUILT, Case
 
 SMALL = Path(__file__).parent.parent / "golden" / "conformance"
+DIFFERENCES = Path(__file__).parents[2] / "docs" / "compat.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +48,21 @@ def _family(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def under_original(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """To call with the reason why this case passes only under `compat="original"`."""
-    return lambda reason: request.node.user_properties.append(("original", reason))
+    """To call with the reason, documented, why this case passes only under `compat="original"`."""
+    documented = _documented()
+
+    def note(reason: str) -> None:
+        assert reason in documented, f"{DIFFERENCES} does not explain {reason!r}"
+        request.node.user_properties.append(("original", reason))
+
+    return note
+
+
+@functools.cache
+def _documented() -> set[str]:
+    """The first column of the table of differences."""
+    rows = [line for line in DIFFERENCES.read_text().splitlines() if line.startswith("| ")]
+    return {row.split(" | ")[0].removeprefix("| ").replace("\\|", "|") for row in rows}
 
 
 def _outcomes(reporter: pytest.TerminalReporter) -> Iterator[tuple[str, str, str]]:

@@ -284,7 +284,7 @@ def test_answer(case: Case, tmp_path: Path, under_original: Callable[[str], None
     assert prompt.tokens[prompt.tokens != IMAGE_TOKEN].tolist() == text
     is_mistral = model.config.text.sliding_window is not None
     if is_mistral and record.get("attention_implementation") == "sdpa":
-        under_original("default attention without its sliding window, and undecodable bytes shown one by one")
+        under_original("a sliding window that default attention leaves out")
         config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, sliding_window=None))
         model = dataclasses.replace(model, config=config, graphdef=structure(config)[0])
     (answer,) = generate(model, processor, [prompt], Sampling(max_new_tokens=record["max_new_tokens"]))

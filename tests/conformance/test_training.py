@@ -1,5 +1,6 @@
 """Training: the original's trajectories followed step by step, its schedule, and its samplers."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.grouping import group_by_length, group_by_modality_length, split_evenly
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.layouts import change_layout, our_name
 from llava_jax.models.parameters import bind, part
@@ -18,7 +20,7 @@ from llava_jax.train.objectives import next_token
 from llava_jax.train.optim import cosine_factor, make_optimizer, make_schedule
 from llava_jax.train.step import make_step
 from tests.conformance.recorded_model import PLAIN, Recorded, lay_out, open_recorded, to_batch, widen_labels
-from tests.conformance.report import Case, expect_fields, not_built, reads
+from tests.conformance.report import Case, expect_fields, reads
 
 COMPANIONS = ("training/*.npz", "training/*.bin", "training/init/*")
 LOSS, NORM, WEIGHTS = 1e-4, 1e-3, 1e-4
@@ -43,7 +45,7 @@ def test_trajectory(case: Case, request: pytest.FixtureRequest):
         part_learning_rates={} if rate is None else {"projector": rate},
         warmup_ratio=settings["warmup_ratio"],
         weight_decay=settings["weight_decay"],
-        clip_norm=settings["max_grad_norm"],
+        clip_norm=settings["max_grad_norm"] or None,
         b1=settings["betas"][0],
         b2=settings["betas"][1],
         eps=settings["eps"],
@@ -51,16 +53,18 @@ def test_trajectory(case: Case, request: pytest.FixtureRequest):
     steps, accumulation = settings["optimizer_steps"], settings["grad_accumulation"]
     if accumulation > 1:
         request.getfixturevalue("under_original")("a mean of micro-batch means where we divide once")
-    rates = np.array([make_schedule(config, steps)(step) for step in range(steps)])
-    np.testing.assert_allclose(np.array(case.record["lr"])[:, 0] / settings["lr"], rates / settings["lr"], atol=1e-6)
+    assert settings["schedule"].startswith("cosine to 0")
+    assert settings["optimizer"] == "torch.optim.AdamW"
     recorded = open_recorded(folder / "init")
     params = dict(recorded.model.params)
-    if case.name == "stage2":
+    stage = case.name.partition("_")[0]
+    learns = TRAINABLE[stage]
+    if stage == "stage2":
         start = open_checkpoint(str(folder / "stage1_mm_projector.bin")).params
         params |= {name: jnp.asarray(np.asarray(value)) for name, value in start.items()}
-    trainable = {name: value for name, value in params.items() if part(name) in TRAINABLE[case.name]}
+    trainable = {name: value for name, value in params.items() if part(name) in learns}
     frozen = {name: value for name, value in params.items() if name not in trainable}
-    assert sum(case.record["param_group_sizes"]) == len(trainable)
+    _check_groups(case.record, config, trainable)
     batches = _batches(recorded, folder)
     assert len(batches) == steps * accumulation
     trainable = _follow(case.record, recorded, trainable, frozen, batches, config)
@@ -74,6 +78,19 @@ def test_trajectory(case: Case, request: pytest.FixtureRequest):
         assert abs(found.sum() - stats["sum"]) <= WEIGHTS * found.size, key
         assert abs(np.sqrt((found**2).sum()) - stats["l2"]) <= WEIGHTS * np.sqrt(found.size), key
         assert abs(np.abs(found).max() - stats["abs_max"]) <= WEIGHTS, key
+
+
+def _check_groups(record: dict[str, Any], config: OptimConfig, trainable: dict[str, Any]) -> None:
+    """What decays and what has a rate of its own, in the groups of the original's optimizer."""
+    apart = "projector" in config.part_learning_rates
+    groups = [(own, decays) for own in ((False, True) if apart else (False,)) for decays in (True, False)]
+    found = [(apart and part(name) == "projector", not name.endswith((".bias", ".scale"))) for name in trainable]
+    assert record["param_group_sizes"] == [found.count(group) for group in groups]
+    assert record["param_group_weight_decay"] == [config.weight_decay * decays for _, decays in groups]
+    steps = record["settings"]["optimizer_steps"]
+    factor = np.array([make_schedule(config, steps)(step) for step in range(steps)]) / config.learning_rate
+    rates = [config.part_learning_rates["projector"] if own else config.learning_rate for own, _ in groups]
+    np.testing.assert_allclose(np.array(record["lr"]) / rates, factor[:, None] * np.ones(len(rates)), atol=1e-6)
 
 
 def _batches(recorded: Recorded, folder: Path) -> list[dict[str, Any]]:
@@ -180,9 +197,44 @@ def test_schedule(case: Case):
 
 def _sampler_cases(path: Path) -> list[tuple[str, Any]]:
     content = json.loads(path.read_text())
-    return [(f"{name}-{i}", record) for name, records in content.items() for i, record in enumerate(records)]
+    expect_fields(content, "group_by_modality", "split_to_even_chunks")
+    return [
+        (f"{name}-{i}", {"kind": name} | record)
+        for name, records in content.items()
+        for i, record in enumerate(records)
+    ]
 
 
 @reads("training/samplers.json", cases=_sampler_cases)
 def test_sampler(case: Case):
-    not_built("the original's grouping of a batch by modality and length: rows are packed instead")
+    record = case.record
+    if record["kind"] == "split_to_even_chunks":
+        expect_fields(record, "kind", "indices", "lengths", "num_chunks", "chunks")
+        assert split_evenly(record["indices"], record["lengths"], record["num_chunks"]) == record["chunks"]
+        return
+    expect_fields(
+        record, "kind", "lengths", "batch_size", "world_size", "error", "permutations_drawn", "modality_grouped",
+        "permutations_drawn_length_grouped", "length_grouped_of_abs",
+    )  # fmt: skip
+    lengths, shape = record["lengths"], (record["batch_size"], record["world_size"])
+    if record["error"] is not None:
+        with pytest.raises(ValueError, match="must not be 0"):
+            group_by_modality_length(lengths, *shape, _drawn(record["permutations_drawn"]))
+    else:
+        permute = _drawn(record["permutations_drawn"])
+        assert group_by_modality_length(lengths, *shape, permute) == record["modality_grouped"]
+        assert not permute.keywords["draws"], "the original drew more often"
+    if "length_grouped_of_abs" in record:
+        permute = _drawn(record["permutations_drawn_length_grouped"])
+        assert group_by_length([abs(length) for length in lengths], *shape, permute) == record["length_grouped_of_abs"]
+
+
+def _drawn(permutations: list[list[int]]) -> functools.partial[list[int]]:
+    """The recorded draws, in order."""
+    return functools.partial(_draw, draws=list(permutations))
+
+
+def _draw(count: int, *, draws: list[list[int]]) -> list[int]:
+    drawn = draws.pop(0)
+    assert len(drawn) == count
+    return drawn

@@ -31,7 +31,7 @@ def test_a_single_picture_moves_to_the_front():
 
 
 def test_no_picture_and_several_pictures_stay_where_they_are():
-    for text in ("  plain text ", "a <image> b <image> c", "<Image> < image>"):
+    for text in ("  plain text ", "a <image> b <image> c", "<Image> < image>", "<im<image>age>"):
         assert move_image_first(text) == text
 
 
@@ -179,8 +179,15 @@ def test_a_tagged_template_writes_its_tag_around_every_picture():
 
 def test_pictures_beside_the_text_come_first():
     assert V1.arrange(_turns("Which?"), unplaced=2)[0].text == "<image>\n<image>\nWhich?"
+    # As the original's chats, where nothing is asked too.
+    assert V1.arrange(_turns(" "), unplaced=1)[0].text == "<image>\n"
     opening = TEMPLATES["v1_mmtag"].arrange(_turns("Which?"), unplaced=1)
     assert [turn.text for turn in opening] == ["<Image><image></Image>", "Received.", "Which?"]
+
+
+def test_the_question_that_holds_the_systems_words_must_not_be_empty():
+    with pytest.raises(Refused, match="llama_2 template must not be empty"):
+        TEMPLATES["llama_2"].render(_turns("", "Yes."))
 
 
 def test_only_prompts_open_with_the_examples():

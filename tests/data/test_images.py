@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_jax.data.anyres import AnyRes
 from llava_jax.data.images import (
@@ -424,3 +424,17 @@ def test_modes_that_fit_are_taken():
     newline = dataclasses.replace(LLAVA, image_newline=True)
     check_mode(AnyRes(pinpoints=((16, 32),), merge="spatial_unpad", rounding="huggingface"), newline)
     check_mode("pad", full)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_has_the_sides_that_its_header_promises(tmp_path: Path, orientation: int):
+    pixels = np.arange(21, dtype=np.uint8).reshape(3, 7)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.tiff", exif=exif)
+    image = open_image(tmp_path / "a.tiff")
+    promised = image.size
+    rgb = image.convert("RGB")
+    assert rgb.size == promised
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO((tmp_path / "a.tiff").read_bytes())))
+    np.testing.assert_array_equal(np.asarray(rgb)[..., 0], np.asarray(turned))
