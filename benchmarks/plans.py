@@ -16,7 +16,7 @@ from benchmarks.report import as_table
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-# Config, topology, overrides: what the published setup needs, and then the smallest slice found to do.
+# Config, topology, overrides: the slices that recipes are meant for, and smaller ones to try.
 PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_pretrain_7b", "v5e:4x4", ()),
     ("llava15_finetune_7b", "v5e:8x8", ()),

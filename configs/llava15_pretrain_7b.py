@@ -4,8 +4,8 @@ r"""LLaVA-1.5 stage 1: align CLIP with Vicuna-7B by training the projector alone
 
 Numbers: scripts/v1_5/pretrain.sh of the original, which prepares pictures without padding in this stage;
 its DeepSpeed config does not clip gradients. Three captions and their pictures fill a row of 1792 tokens, where one of
-2048, the original's longest sequence, would keep a gap (benchmarks/results/packing.md). Two micro-batches, so that a
-step fits a `v5e:4x4` even if every record had a row of its own (benchmarks/results/plans.md).
+2048, the original's longest sequence, would keep a gap (benchmarks/results/packing.md). Three micro-batches, so that a
+step fits a `v5e:4x4` even if every record had a row of its own; packed, its 256 records take 96 rows there.
 """
 
 from llava_jax.data.rows import Conversations
@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             workers=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, clip_norm=None),
-        accumulation=2,
+        accumulation=3,
         stacked=True,
         remat="everything",
         checkpoint_every=200,
