@@ -1,38 +1,21 @@
-r"""LLaVA-1.5 stage 2: tune projector and Vicuna-13B on the 665k mix; the tower is frozen.
+r"""LLaVA-1.5 stage 2 with Vicuna-13B; all else is llava15_finetune_7b.py.
 
-    llava-jax train --config configs/llava15_finetune_13b.py --workdir runs/finetune_13b
-
-Numbers: scripts/v1_5/finetune.sh of the original, whose DeepSpeed config does not clip gradients.
+llava-jax train --config configs/llava15_finetune_13b.py --workdir runs/finetune_13b
 """
 
-from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import V1
+import dataclasses
+
+from llava15_finetune_7b import get_config as finetune_7b
+
 from llava_jax.sizes import LLAVA_15_13B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = finetune_7b()
+    return dataclasses.replace(
+        base,
         model=LLAVA_15_13B,
-        objective=next_token,
-        init={
-            "tower": "weights/clip-vit-large-patch14-336",
-            "decoder": "weights/vicuna-13b-v1.5",
-            "projector": "runs/pretrain_13b",
-        },
-        trainable=("projector", "decoder"),
-        data=DataConfig(
-            records="data/llava_v1_5_mix665k.json",
-            image_root="data",
-            tokenizer="weights/vicuna-13b-v1.5",
-            rows=Conversations(template=V1, length=2048, tiles=3, image_mode="pad", overflow="text"),
-            batch_records=128,
-            epochs=1,
-            workers=8,
-        ),
-        optim=OptimConfig(learning_rate=2e-5, clip_norm=None),
-        stacked=True,
-        remat="everything",
-        checkpoint_every=200,
+        init={**base.init, "decoder": "weights/vicuna-13b-v1.5", "projector": "runs/pretrain_13b"},
+        data=dataclasses.replace(base.data, tokenizer="weights/vicuna-13b-v1.5"),
     )

@@ -3,7 +3,7 @@ r"""LLaVA-1.5 stage 2 with QLoRA on one GPU of 24 GB: adapters on Vicuna-7B in 4
     export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
     llava-jax train --config configs/llava15_finetune_qlora_7b.py --workdir runs/finetune_qlora_7b
 
-Numbers: scripts/v1_5/finetune_lora.sh of the original (its only QLoRA script is of v1), on linear layers in nf4 with
+Numbers: those of llava15_finetune_lora_7b.py (the original's only QLoRA script is of v1), on linear layers in nf4 with
 float32 scales; it would quantize the scales too. Memory, by arithmetic, not measured on such a GPU:
 
     nf4 codes of 6,476,005,376 weights, half a byte each       3.02 GiB
@@ -19,37 +19,12 @@ float32 scales; it would quantize the scales too. Memory, by arithmetic, not mea
 The rest is for what the compiler adds. Layers are apart, since a stack would be copied whole to be saved.
 """
 
-from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import V1
-from llava_jax.models.lora import LoraConfig
-from llava_jax.sizes import LLAVA_15_7B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
+import dataclasses
+
+from llava15_finetune_lora_7b import get_config as finetune_lora_7b
+
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
-        model=LLAVA_15_7B,
-        objective=next_token,
-        init={
-            "tower": "weights/clip-vit-large-patch14-336",
-            "decoder": "weights/vicuna-7b-v1.5",
-            "projector": "runs/pretrain_7b",
-        },
-        trainable=("projector", "decoder"),
-        data=DataConfig(
-            records="data/llava_v1_5_mix665k.json",
-            image_root="data",
-            tokenizer="weights/vicuna-7b-v1.5",
-            rows=Conversations(template=V1, length=2048, tiles=3, image_mode="pad", overflow="text"),
-            batch_records=128,
-            epochs=1,
-            workers=8,
-        ),
-        optim=OptimConfig(learning_rate=2e-4, part_learning_rates={"projector": 2e-5}, clip_norm=None),
-        quantize="nf4",
-        lora=LoraConfig(rank=128, alpha=256.0, dropout=0.05),
-        accumulation=64,
-        remat="everything",
-        checkpoint_every=200,
-    )
+    return dataclasses.replace(finetune_lora_7b(), quantize="nf4", accumulation=64, stacked=False)

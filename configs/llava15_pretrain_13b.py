@@ -1,39 +1,21 @@
-r"""LLaVA-1.5 stage 1: align CLIP with Vicuna-13B by training the projector alone on 558k captions.
+r"""LLaVA-1.5 stage 1 with Vicuna-13B; all else is llava15_pretrain_7b.py.
 
-    llava-jax train --config configs/llava15_pretrain_13b.py --workdir runs/pretrain_13b
-
-Numbers: scripts/v1_5/pretrain.sh of the original, which prepares pictures without padding in this stage;
-its DeepSpeed config does not clip gradients.
+llava-jax train --config configs/llava15_pretrain_13b.py --workdir runs/pretrain_13b
 """
 
-from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import PLAIN
+import dataclasses
+
+from llava15_pretrain_7b import get_config as pretrain_7b
+
 from llava_jax.sizes import LLAVA_15_13B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = pretrain_7b()
+    return dataclasses.replace(
+        base,
         model=LLAVA_15_13B,
-        objective=next_token,
-        init={
-            "tower": "weights/clip-vit-large-patch14-336",
-            "decoder": "weights/vicuna-13b-v1.5",
-            "projector": "random",
-        },
-        trainable=("projector",),
-        data=DataConfig(
-            records="data/blip_laion_cc_sbu_558k.json",
-            image_root="data/LLaVA-Pretrain/images",
-            tokenizer="weights/vicuna-13b-v1.5",
-            rows=Conversations(template=PLAIN, length=2048, tiles=3, image_mode="square", overflow="text"),
-            batch_records=256,
-            epochs=1,
-            workers=8,
-        ),
-        optim=OptimConfig(learning_rate=1e-3, clip_norm=None),
-        stacked=True,
-        remat="everything",
-        checkpoint_every=200,
+        init={**base.init, "decoder": "weights/vicuna-13b-v1.5"},
+        data=dataclasses.replace(base.data, tokenizer="weights/vicuna-13b-v1.5"),
     )

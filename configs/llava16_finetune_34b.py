@@ -5,44 +5,24 @@ r"""LLaVA-1.6 34B, all of it trained: tower, projector and Nous-Hermes-2-Yi-34B.
 Sizes are those of liuhaotian/llava-v1.6-34b. A tile gives 576 slots, so a picture of five tiles fills most of a row.
 """
 
-from llava_jax.data.anyres import AnyRes
-from llava_jax.data.rows import Conversations
+import dataclasses
+
+from llava16_finetune_7b import get_config as finetune_7b
+
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.sizes import LLAVA_16_34B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
-
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = finetune_7b()
+    return dataclasses.replace(
+        base,
         model=LLAVA_16_34B,
-        objective=next_token,
-        init={
-            "tower": "weights/clip-vit-large-patch14-336",
-            "decoder": "weights/Nous-Hermes-2-Yi-34B",
-            "projector": "runs/pretrain_34b",
-            "image_newline": "random",
-        },
-        trainable=("tower", "projector", "image_newline", "decoder"),
-        data=DataConfig(
-            records="data/llava_next.json",
-            image_root="data",
+        init={**base.init, "decoder": "weights/Nous-Hermes-2-Yi-34B", "projector": "runs/pretrain_34b"},
+        data=dataclasses.replace(
+            base.data,
             tokenizer="weights/Nous-Hermes-2-Yi-34B",
-            rows=Conversations(
-                template=TEMPLATES["chatml_direct"],
-                length=4096,
-                tiles=6,
-                image_mode=AnyRes(pinpoints=PINPOINTS, merge="spatial_unpad", rounding="original"),
-                overflow="text",
-            ),
-            batch_records=128,
-            epochs=1,
-            workers=8,
+            rows=dataclasses.replace(base.data.rows, template=TEMPLATES["chatml_direct"]),
         ),
-        optim=OptimConfig(learning_rate=2e-5, part_learning_rates={"tower": 2e-6}),
-        stacked=True,
-        remat="everything",
-        checkpoint_every=200,
     )

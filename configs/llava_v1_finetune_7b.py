@@ -6,34 +6,30 @@ Numbers: scripts/finetune_full_schedule.sh of the original, whose DeepSpeed conf
 batch is 128; the paper (arXiv 2304.08485) says 32: `--set data.batch_records=32`.
 """
 
-from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import V1
+import dataclasses
+
+from llava15_finetune_7b import get_config as finetune_7b
+
 from llava_jax.sizes import LLAVA_V1_7B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = finetune_7b()
+    return dataclasses.replace(
+        base,
         model=LLAVA_V1_7B,
-        objective=next_token,
         init={
             "tower": "weights/clip-vit-large-patch14",
             "decoder": "weights/vicuna-7b-v1.3",
             "projector": "runs/v1_pretrain_7b",
         },
-        trainable=("projector", "decoder"),
-        data=DataConfig(
+        data=dataclasses.replace(
+            base.data,
             records="data/llava_instruct_158k.json",
             image_root="data/coco/train2017",
             tokenizer="weights/vicuna-7b-v1.3",
-            rows=Conversations(template=V1, length=2048, tiles=7, image_mode="square", overflow="text"),
-            batch_records=128,
+            rows=dataclasses.replace(base.data.rows, tiles=7, image_mode="square"),
             epochs=3,
-            workers=8,
         ),
-        optim=OptimConfig(learning_rate=2e-5, clip_norm=None),
-        stacked=True,
-        remat="everything",
-        checkpoint_every=200,
     )

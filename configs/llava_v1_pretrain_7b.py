@@ -6,34 +6,32 @@ Numbers: scripts/pretrain.sh of the original, whose DeepSpeed config does not cl
 For 13B exchange LLAVA_V1_13B and weights/vicuna-13b-v1.3.
 """
 
-from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import PLAIN
+import dataclasses
+
+from llava15_pretrain_7b import get_config as pretrain_7b
+
 from llava_jax.sizes import LLAVA_V1_7B
-from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
-from llava_jax.train.objectives import next_token
+from llava_jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = pretrain_7b()
+    return dataclasses.replace(
+        base,
         model=LLAVA_V1_7B,
-        objective=next_token,
         init={
             "tower": "weights/clip-vit-large-patch14",
             "decoder": "weights/vicuna-7b-v1.3",
             "projector": "random",
         },
-        trainable=("projector",),
-        data=DataConfig(
+        data=dataclasses.replace(
+            base.data,
             records="data/cc3m_595k_chat.json",
             image_root="data/CC3M-595K",
             tokenizer="weights/vicuna-7b-v1.3",
-            rows=Conversations(template=PLAIN, length=2048, tiles=7, image_mode="square", overflow="text"),
+            rows=dataclasses.replace(base.data.rows, length=2048, tiles=7),
             batch_records=128,
-            epochs=1,
-            workers=8,
         ),
-        optim=OptimConfig(learning_rate=2e-3, clip_norm=None),
-        stacked=True,
-        remat="everything",
-        checkpoint_every=200,
+        optim=dataclasses.replace(base.optim, learning_rate=2e-3),
+        accumulation=1,
     )

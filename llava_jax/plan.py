@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from llava_jax.chips import GIB, GPUS, TPUS, Chip
 from llava_jax.collectives import Collective, read_collectives
+from llava_jax.data.plan import check_batch
 from llava_jax.data.rows import Needs
 from llava_jax.errors import UserError
 from llava_jax.footprint import estimate, shard_bytes
@@ -73,20 +74,23 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     Raises:
       UserError: an unknown topology, a mesh or batch that does not divide, or libtpu is not installed.
     """
-    kind, _, size = topology.lower().partition(":")
+    topology = topology.lower()
+    kind, _, size = topology.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
-        return _tabulate(_job(config, int(size)), topology, GPUS[kind])
+        return _tabulate(config, topology, GPUS[kind])
     if kind in TPUS and re.fullmatch(r"\d+(x\d+)+", size):
-        chip, devices = TPUS[kind], _tpu_devices(topology.lower())
-        result = _compile(_job(config, devices), topology, chip)
-        if result.fits:
-            return result
-        return dataclasses.replace(result, suggestion=_suggest(config, devices, topology, chip))
+        job = _job(config, _devices(topology))
+        result = _compile(job, topology, TPUS[kind])
+        return result if result.fits else dataclasses.replace(result, suggestion=_suggest(job, result, TPUS[kind]))
     known = ", ".join([f"{name}:4x4" for name in TPUS] + [f"{name}:8" for name in GPUS])
     raise UserError(f"--topology must be like one of {known} (any size); got {topology!r}.")
 
 
-def _tpu_devices(topology: str) -> list[Any]:
+def _devices(topology: str) -> list[Any] | int:
+    """Devices that the TPU compiler knows, or the number of those that are only counted."""
+    kind, _, size = topology.partition(":")
+    if kind in GPUS:
+        return int(size)
     if find_spec("libtpu") is None:
         raise UserError("The TPU compiler, libtpu, is not installed. Run pip install -e '.[plan]'.")
     try:
@@ -98,7 +102,7 @@ def _tpu_devices(topology: str) -> list[Any]:
 
 
 def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
-    """What is planned, on devices that a compiler knows or on a number of those that are only counted."""
+    """What is planned, on devices as `_devices` gives them."""
     try:
         if isinstance(devices, int):
             sizes = mesh_sizes(config.mesh, devices)
@@ -106,10 +110,10 @@ def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
         else:
             mesh = make_mesh(config.mesh, devices)
         layout = Layout(config, make_optimizer(config.optim, NUM_STEPS), mesh)
+        rows = _num_rows(config, num_batch_shards(mesh))
     except ValueError as error:
         raise UserError(str(error)) from None
     sharding = batch_sharding(mesh)
-    rows = _num_rows(config, num_batch_shards(mesh))
     batch = {
         name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=sharding)
         for name, value in _empty_row(config).items()
@@ -119,16 +123,16 @@ def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
 
 def _num_rows(config: TrainConfig, shards: int) -> int:
     """Rows of a step: as configured, or one per record, rounded up so that all devices have the same number."""
-    multiple = shards * config.accumulation
-    if config.data.batch_rows is None:
-        assert config.data.batch_records is not None
-        return math.ceil(config.data.batch_records / multiple) * multiple
-    if config.data.batch_rows % multiple:
+    data, multiple = config.data, shards * config.accumulation
+    check_batch(batch_rows=data.batch_rows, batch_records=data.batch_records, epochs=data.epochs, steps=data.steps)
+    if data.batch_rows is None:
+        return math.ceil((data.batch_records or 0) / multiple) * multiple
+    if data.batch_rows % multiple:
         raise UserError(
             f"data.batch_rows must be a multiple of devices that share a batch x accumulation, {shards} x "
-            f"{config.accumulation}; got {config.data.batch_rows}. Change it, mesh.tensor or accumulation."
+            f"{config.accumulation}; got {data.batch_rows}. Change it, mesh.tensor or accumulation."
         )
-    return config.data.batch_rows
+    return data.batch_rows
 
 
 def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
@@ -166,25 +170,27 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     total = sum(parts.values()) - 2 * parts["aliased"]
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
     collectives = read_collectives(text, dict(job.layout.mesh.shape))
-    return _report(job, topology, chip, fits=True, size=size, collectives=collectives)
+    # The compiler has let pass what, all parts added, is half a GiB more than a chip has.
+    return _report(job, topology, chip, fits=total <= chip.hbm_bytes, size=size, collectives=collectives)
 
 
 def too_large(message: str, arguments: int) -> dict[str, int] | None:
     """What a step would take by the compiler's refusal; None if that is not why it refused.
 
-    Example:
-        "... HLO temporaries (26.04G) exceeds available HBM (15.75G)."   ->   temporaries, total and headroom in bytes
+    What the compiler calls temporaries there has the arguments in it.
+
+    Example, arguments being 5 GiB:
+        "... HLO temporaries (26.04G) exceeds available HBM (15.75G)."   ->   21.04 GiB beside them, -10.29 of headroom
     """
     quantity = r"([\d.]+)([KMGT])"
-    whole = re.search(rf"Used {quantity} of {quantity} hbm", message)
-    beside = re.search(rf"HLO temporaries \({quantity}\) exceeds available HBM \({quantity}\)", message)
-    found = whole or beside
+    found = re.search(
+        rf"(?:Used {quantity} of|HLO temporaries \({quantity}\) exceeds available HBM) \(?{quantity}", message
+    )
     if found is None:
         return None
-    used, usable = (int(float(found[i]) * 1024 ** "_KMGT".index(found[i + 1])) for i in (1, 3))
-    total = used if whole else arguments + used
-    temporaries = {} if whole else {"temporaries": used}
-    return {"arguments": arguments, **temporaries, "total": total, "headroom": usable - total}
+    words = [word for word in found.groups() if word]
+    total, usable = (int(float(words[i]) * 1024 ** "_KMGT".index(words[i + 1])) for i in (0, 2))
+    return {"arguments": arguments, "temporaries": total - arguments, "total": total, "headroom": usable - total}
 
 
 def _report(
@@ -220,8 +226,9 @@ def _report(
     )
 
 
-def _tabulate(job: Job, topology: str, chip: Chip) -> Plan:
+def _tabulate(config: TrainConfig, topology: str, chip: Chip) -> Plan:
     """The plan by arithmetic, for devices without a compiler here."""
+    job = _job(config, _devices(topology))
     parts, collectives = estimate(job.layout, job.batch)
     total = sum(parts.values())
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
@@ -231,7 +238,7 @@ def _tabulate(job: Job, topology: str, chip: Chip) -> Plan:
         "compiler fuses or copies may change them by a fifth or more",
         *report.assumptions,
     ]
-    suggestion = None if report.fits else _first_that_fits_by_arithmetic(job, chip)
+    suggestion = None if report.fits else _suggest(job, report, chip)
     return dataclasses.replace(report, method="analytic", assumptions=assumptions, suggestion=suggestion)
 
 
@@ -261,7 +268,7 @@ def _assumptions(job: Job, *, fits: bool) -> list[str]:
         "links: what a device receives, through all of its links at once",
     ]
     if not fits:
-        said.append("it does not fit, so collectives are unknown and link time is counted as zero")
+        said.append("it does not fit: where the compiler refused it, collectives are unknown and their time is zero")
     return said
 
 
@@ -284,50 +291,67 @@ def _candidates(config: TrainConfig, shards: int) -> list[tuple[str, ...]]:
     return found
 
 
-def _suggest(config: TrainConfig, devices: list[Any], topology: str, chip: Chip) -> dict[str, Any] | None:
-    """The nearest change that fits: picked by arithmetic, then compiled."""
-    shards = num_batch_shards(make_mesh(config.mesh, devices))
-    sized = []
-    for overrides in _candidates(config, shards):
+def _suggest(job: Job, refused: Plan, chip: Chip) -> dict[str, Any] | None:
+    """The nearest change that fits: found by arithmetic and, where there is a compiler, compiled."""
+    topology, devices = refused.topology, _devices(refused.topology)
+    # How far arithmetic was off for the config itself, it will be for its neighbours.
+    scale = refused.bytes_per_chip["total"] / _total(job)
+    sized = _sized(job.config, devices, _candidates(job.config, num_batch_shards(job.layout.mesh)))
+    if isinstance(devices, int):
+        for total, overrides, _ in sized:
+            if total <= chip.hbm_bytes:
+                return {"set": list(overrides), "by": "arithmetic", "total_bytes": total}
+        return _larger(job.config, topology, chip, scale)
+    found = list(sized)
+    likely = [item for item in found if scale * item[0] <= chip.hbm_bytes]
+    # Arithmetic may be wrong either way: if nothing seems to fit, the smallest is compiled all the same.
+    for _, overrides, changed in likely[:MAX_TRIES] or sorted(found, key=lambda item: item[0])[:1]:
+        print(f"does not fit; compiling with {' '.join(overrides)}", file=sys.stderr, flush=True)
+        result = _compile(changed, topology, chip)
+        if result.fits:
+            return {"set": list(overrides), "by": "compiling", "total_bytes": result.bytes_per_chip["total"]}
+    return _larger(job.config, topology, chip, scale)
+
+
+def _sized(
+    config: TrainConfig, devices: list[Any] | int, candidates: list[tuple[str, ...]]
+) -> Iterator[tuple[int, tuple[str, ...], Job]]:
+    """The changes that the config and the devices allow, each with its bytes by arithmetic."""
+    for overrides in candidates:
         try:
             job = _job(_with(config, overrides), devices)
         except (UserError, ValueError):
             continue
-        sized.append((sum(estimate(job.layout, job.batch)[0].values()), overrides, job))
-    likely = [(overrides, job) for size, overrides, job in sized if size <= chip.hbm_bytes]
-    # Arithmetic may be wrong either way: if nothing seems to fit, the smallest is compiled all the same.
-    if sized and not likely:
-        likely = [min(sized, key=lambda item: item[0])[1:]]
-    for overrides, job in likely[:MAX_TRIES]:
-        print(f"does not fit; compiling with {' '.join(overrides)}", file=sys.stderr, flush=True)
-        result = _compile(job, topology, chip)
-        if result.fits:
-            return {"set": list(overrides), "by": "compiling", "total_bytes": result.bytes_per_chip["total"]}
-    return _larger_topology(config, len(devices), chip)
+        yield _total(job), overrides, job
 
 
-def _larger_topology(config: TrainConfig, num_devices: int, chip: Chip) -> dict[str, Any] | None:
-    """How many devices would do, by arithmetic, with everything computed again and one row at a time."""
-    for factor in (2, 4, 8, 16, 32, 64):
-        more = num_devices * factor
-        job = _job(_with(config, ("remat=everything", "accumulation=1")), more)
-        total = sum(estimate(job.layout, job.batch)[0].values())
-        if total <= 0.9 * chip.hbm_bytes:
-            return {"devices": more, "set": ["remat=everything"], "by": "arithmetic", "total_bytes": total}
+def _larger(config: TrainConfig, topology: str, chip: Chip, scale: float) -> dict[str, Any] | None:
+    """The smallest larger topology that would do, by arithmetic, as it stands or one row at a time."""
+    for _ in range(6):
+        kind, _, size = topology.partition(":")
+        sizes = [int(n) for n in size.split("x")]
+        sizes[max(i for i, n in enumerate(sizes) if n == min(sizes))] *= 2
+        topology = f"{kind}:{'x'.join(map(str, sizes))}"
+        try:
+            devices = _devices(topology)
+            rows = _num_rows(config, math.prod(sizes)) // math.prod(sizes)
+        except (UserError, ValueError):
+            continue
+        finest = () if config.remat == "everything" else ("remat=everything",)
+        finest += (f"accumulation={rows}",) if rows > config.accumulation else ()
+        for total, overrides, _ in _sized(config, devices, [(), finest]):
+            if scale * total <= 0.9 * chip.hbm_bytes:
+                return {
+                    "topology": topology,
+                    "set": list(overrides),
+                    "by": "arithmetic",
+                    "total_bytes": round(scale * total),
+                }
     return None
 
 
-def _first_that_fits_by_arithmetic(job: Job, chip: Chip) -> dict[str, Any] | None:
-    num_devices = job.layout.mesh.size
-    for overrides in _candidates(job.config, num_batch_shards(job.layout.mesh)):
-        try:
-            changed = _job(_with(job.config, overrides), num_devices)
-        except (UserError, ValueError):
-            continue
-        total = sum(estimate(changed.layout, changed.batch)[0].values())
-        if total <= chip.hbm_bytes:
-            return {"set": list(overrides), "by": "arithmetic", "total_bytes": total}
-    return _larger_topology(job.config, num_devices, chip)
+def _total(job: Job) -> int:
+    return sum(estimate(job.layout, job.batch)[0].values())
 
 
 def _with(config: TrainConfig, overrides: tuple[str, ...]) -> TrainConfig:

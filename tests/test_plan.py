@@ -94,7 +94,36 @@ def test_what_does_not_fit_comes_with_what_does(shallow: TrainConfig):
     changed = shallow
     for override in ("remat=nothing", *suggestion["set"]):
         changed = apply_override(changed, override)
-    assert plan(changed, f"4090:{suggestion.get('devices', 1)}").fits
+    assert plan(changed, suggestion.get("topology", "4090:1")).fits
+
+
+def test_the_nearest_that_fits_may_be_more_devices(shallow: TrainConfig):
+    one = apply_override(apply_override(shallow, "model.text.hidden_dim=65536"), "data.batch_records=1")
+    suggestion = plan(one, "4090:1").suggestion
+    assert suggestion is not None
+    for override in suggestion["set"]:
+        one = apply_override(one, override)
+    assert plan(one, suggestion["topology"]).fits
+    # Three rows divide among no larger number of these devices.
+    three = dataclasses.replace(one, data=dataclasses.replace(one.data, batch_records=None, batch_rows=3))
+    assert plan(three, "4090:1").suggestion is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("data.batch_records=none",), "Set exactly one of data.batch_rows and data.batch_records; got"),
+        (("data.batch_rows=16",), "Set exactly one of data.batch_rows and data.batch_records; got"),
+        (("data.batch_records=0",), "data.batch_records must be at least 1; got 0"),
+        (("data.epochs=none",), "Set exactly one of data.epochs and data.steps"),
+        (("mesh.fsdp=0",), "must use all 8 devices"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(shallow: TrainConfig, overrides: tuple[str, ...], says: str):
+    for override in overrides:
+        shallow = apply_override(shallow, override)
+    with pytest.raises(UserError, match=says):
+        plan(shallow, "h100:8")
 
 
 def test_bfloat16_moments_take_half_the_room(shallow: TrainConfig):
@@ -147,11 +176,11 @@ def test_without_the_compiler_it_says_what_to_install(shallow: TrainConfig):
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.00G) "
             "exceeds available HBM (15.75G).",
-            {"arguments": 5, "temporaries": 26 << 30, "total": 5 + (26 << 30), "headroom": (63 << 28) - 5 - (26 << 30)},
+            {"arguments": 5, "temporaries": (26 << 30) - 5, "total": 26 << 30, "headroom": (63 << 28) - (26 << 30)},
         ),
         (
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of 15.75G hbm.",
-            {"arguments": 5, "total": 17 << 30, "headroom": (63 << 28) - (17 << 30)},
+            {"arguments": 5, "temporaries": (17 << 30) - 5, "total": 17 << 30, "headroom": (63 << 28) - (17 << 30)},
         ),
         ("INTERNAL: something else", None),
     ],

@@ -1,23 +1,17 @@
 """Small shapes and data that the tests share."""
 
+import dataclasses
+
 import numpy as np
 
 from llava_jax.data import rows
 from llava_jax.data.anyres import one_tile
 from llava_jax.data.conversation import IMAGE_TOKEN, Tokenized
 from llava_jax.data.rows import Example
-from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.shapes import CaptionConfig, ClipConfig
+from llava_jax.sizes import DEBUG
 
-VISION = VisionConfig(
-    image_size=16,
-    patch_size=4,
-    embed_dim=32,
-    hidden_dim=48,
-    num_layers=3,
-    num_heads=4,
-    norm_eps=1e-5,
-    activation="quick_gelu",
-)
+VISION = dataclasses.replace(DEBUG.vision, patch_size=4, hidden_dim=48, num_layers=3, num_heads=4)
 CAPTION = CaptionConfig(
     vocab_size=99,
     context_length=12,
@@ -30,29 +24,8 @@ CAPTION = CaptionConfig(
     eos_id=98,
 )
 CLIP = ClipConfig(vision=VISION, caption=CAPTION, projection_dim=20)
-TEXT = TextConfig(
-    vocab_size=320,
-    num_layers=3,
-    embed_dim=32,
-    hidden_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=10_000.0,
-    rope_scaling=None,
-    norm_eps=1e-5,
-    max_positions=512,
-    tie_embeddings=False,
-    sliding_window=None,
-)
-LLAVA = LlavaConfig(
-    vision=VISION,
-    text=TEXT,
-    projector="mlp2x_gelu",
-    select_layer=-2,
-    select_feature="patch",
-    image_newline=False,
-)
+TEXT = dataclasses.replace(DEBUG.text, num_layers=3, hidden_dim=48, max_positions=512)
+LLAVA = dataclasses.replace(DEBUG, vision=VISION, text=TEXT)
 
 
 def make_example(tokens: list[int], is_answer: np.ndarray, images: list[np.ndarray]) -> Example:

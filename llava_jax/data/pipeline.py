@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import zlib
@@ -60,7 +61,7 @@ class RowReader:
         """
         room = self.index.size(record)
         first, refusal = record, None
-        for tried in (*range(first, len(self.index.records)), *range(first)):
+        for tried in itertools.chain(range(first, len(self.index.records)), range(first)):
             size = self.index.size(tried)
             if size.tokens == 0 or size.tokens > room.tokens or size.tiles > room.tiles:
                 continue

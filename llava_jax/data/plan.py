@@ -77,26 +77,12 @@ def make_plan(
     times the accumulation), the rest being padding; a refused record's place is taken by another, so that
     the number of steps stays the published one.
     """
-    if (batch_rows is None) == (batch_records is None):
-        raise ValueError(
-            "Set exactly one of data.batch_rows and data.batch_records; got "
-            f"batch_rows={batch_rows}, batch_records={batch_records}."
-        )
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"Set exactly one of data.epochs and data.steps; got epochs={epochs}, steps={steps}.")
+    check_batch(batch_rows=batch_rows, batch_records=batch_records, epochs=epochs, steps=steps)
     if batch_rows is not None and batch_rows % rows_multiple:
         raise ValueError(
             f"data.batch_rows must be a multiple of {rows_multiple} (data-parallel devices times accumulation); "
             f"got {batch_rows}."
         )
-    for name, value in (
-        ("batch_rows", batch_rows),
-        ("batch_records", batch_records),
-        ("epochs", epochs),
-        ("steps", steps),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} must be at least 1; got {value}.")
     orders = _orders(index, seed=seed, shuffle=shuffle, fill_refused=batch_records is not None)
     groups: list[list[list[int]]] = []
     epoch = 0
@@ -119,6 +105,17 @@ def make_plan(
         rows_per_step=rows_per_step,
         seed=seed,
     )
+
+
+def check_batch(**sizes: int | None) -> None:
+    """Raises `ValueError` unless one of `batch_rows` and `batch_records`, and one of `epochs` and `steps`, is set."""
+    for pair in (("batch_rows", "batch_records"), ("epochs", "steps")):
+        if sum(sizes[name] is not None for name in pair) != 1:
+            got = ", ".join(f"{name}={sizes[name]}" for name in pair)
+            raise ValueError(f"Set exactly one of data.{pair[0]} and data.{pair[1]}; got {got}.")
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be at least 1; got {value}.")
 
 
 def pack(order: Sequence[int] | Int[np.ndarray, " n"], index: Index, capacity: Size) -> list[list[int]]:

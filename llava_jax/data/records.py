@@ -2,11 +2,14 @@
 
 import base64
 import binascii
+import codecs
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -22,6 +25,9 @@ ROLES: dict[str, Literal["user", "assistant"]] = {
 
 # What JSON takes for white space, see RFC 8259.
 _SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+# Bytes of a file that are read at a time.
+BLOCK = 1 << 22
 
 
 class Turn(NamedTuple):
@@ -138,68 +144,123 @@ class RecordFile:
 
 
 def find_spans(path: str) -> Int[np.ndarray, "n 2"]:
-    """Byte range of every record of a `.json` list or a `.jsonl` file.
+    """Byte range of every record of a `.json` list or a `.jsonl` file; of the file a block at a time is held.
 
     Raises:
       DataError: the file is missing, empty, or not such a file; names line and column.
     """
     if not Path(path).is_file():
         raise DataError(f"data.records must name a JSON or JSONL file; got {path!r}, which does not exist.")
-    data = Path(path).read_bytes()
+    find = _line_spans if path.endswith(".jsonl") else _list_spans
     try:
-        spans = _line_spans(data) if path.endswith(".jsonl") else _list_spans(data)
+        with open(path, "rb") as file:
+            spans = np.fromiter(itertools.chain.from_iterable(find(file)), np.int64).reshape(-1, 2)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"data.records must be a JSON list of records or, ending in .jsonl, one record a line; "
             f"{path!r} is not: {error}. Mend the file."
         ) from None
-    if not spans:
+    if not len(spans):
         raise DataError(f"data.records must hold at least one record; {path!r} holds none.")
-    return np.array(spans, np.int64)
-
-
-def _line_spans(data: bytes) -> list[tuple[int, int]]:
-    spans, start = [], 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    while start < len(data):
-        end = data.find(b"\n", start)
-        end = len(data) if end < 0 else end
-        if data[start:end].strip():
-            spans.append((start, end))
-        start = end + 1
     return spans
 
 
-def _skip(text: str, at: int) -> int:
-    """The next place that is not white space."""
-    found = _SPACE.match(text, at)
-    assert found is not None, "no white space is also a match"
-    return found.end()
+def _line_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    end = 0
+    for line in file:
+        start, end = end, end + len(line)
+        record = line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
+        if record.strip():
+            yield end - len(record), end - record.endswith(b"\n")
 
 
-def _list_spans(data: bytes) -> list[tuple[int, int]]:
-    text = data.decode("utf-8-sig")
-    decode = json.JSONDecoder().raw_decode
-    offset = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)
-    spans: list[tuple[int, int]] = []
-    at = _skip(text, 0)
-    if text[at : at + 1] != "[":
-        raise ValueError(f"expected a list, found {text[at : at + 20]!r}")
-    at = _skip(text, at + 1)
-    byte, seen = offset, 0
-    while text[at : at + 1] != "]":
-        _, end = decode(text, at)
-        start_byte = byte + len(text[seen:at].encode())
-        byte = start_byte + len(text[at:end].encode())
-        spans.append((start_byte, byte))
-        seen = end
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-            if text[at : at + 1] == "]":
-                raise json.JSONDecodeError("expected a record after ','", text, at)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("expected ',' or ']'", text, at)
-    at = _skip(text, at + 1)
-    if at != len(text):
-        raise json.JSONDecodeError("expected nothing after the list", text, at)
-    return spans
+def _list_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    text = _Scanner(file)
+    if text.peek() != "[":
+        raise text.error(f"expected a list, found {text.peek()!r}")
+    text.take()
+    if text.peek() != "]":
+        while True:
+            yield text.value()
+            if text.peek() != ",":
+                break
+            text.take()
+            if text.peek() == "]":
+                raise text.error("expected a record after ','")
+        if text.peek() != "]":
+            raise text.error("expected ',' or ']'")
+    text.take()
+    if text.peek():
+        raise text.error("expected nothing after the list")
+
+
+class _Scanner:
+    """Walks through the JSON text of a file and knows the byte it is at.
+
+    Of the text a block is held, or more if the value in it is longer.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._at = "", 0
+        # Where `_text` begins, for messages.
+        self._line, self._column = 1, 1
+        self.byte = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        file.seek(self.byte)
+
+    def peek(self) -> str:
+        """The next character that is no white space, "" at the end; it is not taken."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            assert found is not None, "no white space is also a match"
+            self._advance(found.end())
+            if self._at < len(self._text) or not self._read():
+                return self._text[self._at : self._at + 1]
+
+    def take(self) -> None:
+        self._advance(self._at + 1)
+
+    def value(self) -> tuple[int, int]:
+        """Byte range of the JSON value that begins here."""
+        start = self.byte
+        while True:
+            try:
+                _, end = _DECODER.raw_decode(self._text, self._at)
+                error, is_cut = None, False
+            except json.JSONDecodeError as problem:
+                end, error = problem.pos, self.error(problem.msg, problem.pos)
+                is_cut = problem.msg.startswith("Unterminated string")
+            # The end of the block may also have cut a few letters that make one word, or a number.
+            if (is_cut or end > len(self._text) - 16) and self._read():
+                continue
+            if error is not None:
+                raise error
+            self._advance(end)
+            return start, self.byte
+
+    def error(self, rule: str, at: int | None = None) -> ValueError:
+        line, column = self._place(self._at if at is None else at)
+        return ValueError(f"{rule} at line {line} column {column}")
+
+    def _place(self, at: int) -> tuple[int, int]:
+        lines = self._text.count("\n", 0, at)
+        return self._line + lines, at - self._text.rfind("\n", 0, at) if lines else self._column + at
+
+    def _advance(self, end: int) -> None:
+        passed = self._text[self._at : end]
+        self.byte += len(passed) if passed.isascii() else len(passed.encode())
+        self._at = end
+
+    def _read(self) -> bool:
+        """Replaces what was passed by more of the file; False, and nothing changes, at its end."""
+        # Twice as much each time that a value needs more, or a long one would be parsed anew for every block of it.
+        data = self._file.read(max(BLOCK, len(self._text) - self._at))
+        try:
+            text = self._decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected UTF-8 near byte {self._file.tell() - len(data) + error.start}") from None
+        if data:
+            self._line, self._column = self._place(self._at)
+            self._text, self._at = self._text[self._at :] + text, 0
+        return bool(data)

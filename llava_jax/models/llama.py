@@ -174,11 +174,18 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+def _as_held(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    """Keeps the dtype of what a module is bound to: nnx.Embed alone goes back to the one that it was made with."""
+    return arrays
+
+
 class Llama(nnx.Module):
     """The decoder without its input: it takes embeddings, since a picture has no token ids."""
 
     def __init__(self, config: TextConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.embed_dim, param_dtype=param_dtype, rngs=rngs)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.embed_dim, param_dtype=param_dtype, promote_dtype=_as_held, rngs=rngs
+        )
         make = functools.partial(Layer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)

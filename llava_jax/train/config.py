@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import math
 import runpy
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -180,21 +182,39 @@ class TrainConfig:
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
-    """The config that a Python file's `get_config()` returns, with `a.b=value` overrides applied."""
+    """The config that a Python file's `get_config()` returns, with `a.b=value` overrides applied.
+
+    As a script, the file may import its neighbours: `from llava15_finetune_7b import get_config as finetune_7b`.
+    """
     if not Path(path).is_file():
         raise UserError(f"--config must name a Python file; got {path!r}, which does not exist. See configs/.")
+    sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         module = runpy.run_path(path)
-        if "get_config" not in module:
-            raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
-        config = module["get_config"]()
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
-        raise UserError(f"--config {path} cannot be loaded: {error}. Mend the file.") from error
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:
+        raise UserError(f"--config {path}{_line_of(error, path)} cannot be loaded: {_in_words(error)}") from error
+    finally:
+        sys.path.pop(0)
+    if "get_config" not in module:
+        raise UserError(f"A config file must define get_config(); {path!r} does not. See configs/debug_cpu.py.")
     if not isinstance(config, TrainConfig):
         raise UserError(f"get_config() must return a TrainConfig; that of {path!r} returned {config!r:.80}.")
     for override in overrides:
         config = apply_override(config, override)
     return config
+
+
+def _line_of(error: Exception, path: str) -> str:
+    """Where the file was when it failed, if it is a place in the file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f", line {lines[-1]}," if lines else ""
+
+
+def _in_words(error: Exception) -> str:
+    """Our own rules speak for themselves; what Python says needs its kind: `NameError: name 'x' is not defined`."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def apply_override(config: TrainConfig, override: str) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,54 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(DataError, match=str(path)):
             find_spans(str(path))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(RECORDS, ensure_ascii=False).encode(),
+        BOM + json.dumps(RECORDS, indent=2).replace("},", "\r\n},").encode(),
+        b'[true, false,null, 12.5e3,\n-7 ,"\\ud83d\\udeaa \\\\", "\xe2\x82\xac", [[], {}], -Infinity]',
+    ],
+    ids=["plain", "indented", "values"],
+)
+def test_what_is_read_at_a_time_changes_no_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, block: int
+):
+    path = _write(tmp_path, "r.json", data)
+    monkeypatch.setattr("llava_jax.data.records.BLOCK", block)
+    text = data.removeprefix(BOM).decode()
+    spans = [data[start:end] for start, end in find_spans(str(path))]
+    assert [json.loads(span) for span in spans] == json.loads(text)
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_what_is_read_at_a_time_changes_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int):
+    monkeypatch.setattr("llava_jax.data.records.BLOCK", block)
+    for data, says in (
+        ('[{"a": "\u00fc"},\n {"b": 1}\n, {"c": tru}]', "Expecting value at line 3 column 9"),
+        ('[{"a": 1},\n {"b": "no end', "Unterminated string starting at at line 2 column 8"),
+        ('[{"a": 1},\n {"b": 1} {"c": 2}]', "expected ',' or ']' at line 2 column 11"),
+    ):
+        with pytest.raises(DataError, match=says):
+            find_spans(str(_write(tmp_path, "r.json", data)))
+    with pytest.raises(DataError, match="expected UTF-8 near byte 19"):
+        find_spans(str(_write(tmp_path, "r.json", b'[{"a": 1},\n {"b": "\xff"}]')))
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_of_a_file_only_a_part_is_ever_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    record = json.dumps({"conversations": [HUMAN, {"from": "gpt", "value": "🚪" * 200}]}, ensure_ascii=False)
+    joined = "[" + ",\n".join([record] * 4000) + "]" if name == "r.json" else (record + "\n") * 4000
+    path = _write(tmp_path, name, joined)
+    monkeypatch.setattr("llava_jax.data.records.BLOCK", 1 << 14)
+    tracemalloc.start()
+    try:
+        assert len(find_spans(str(path))) == 4000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 5
+    finally:
+        tracemalloc.stop()
 
 
 def test_spans_are_bytes_not_characters(tmp_path: Path):

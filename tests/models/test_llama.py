@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.models.build import initial_value
+from llava_jax.models.build import initial_value, structure
 from llava_jax.models.llama import NOWHERE, Llama, empty_cache
 from llava_jax.models.parameters import Parameters, bind, skeleton, stack_layers
 from llava_jax.shapes import TextConfig
+from llava_jax.sizes import DEBUG
+from llava_jax.train.step import cast
 from tests.models.oracle import error
 from tests.tiny import TEXT
 
@@ -163,3 +165,15 @@ def test_a_tied_head_is_the_embedding_turned(params: Parameters):
     tied = {name: value for name, value in params.items() if name in expected}
     assert "lm_head.kernel" not in expected
     np.testing.assert_array_equal(bind(graphdef, tied).head(), params["embed_tokens.embedding"].T)
+
+
+def test_it_computes_in_the_dtype_that_it_is_bound_to():
+    """Not in the one that it was made with: float32 in one place would make all after it float32."""
+    graphdef, values = structure(DEBUG)
+
+    def hidden(values, tokens):
+        decoder = bind(graphdef, cast(values, "bfloat16")).decoder
+        return decoder(decoder.embed_tokens(tokens), jnp.broadcast_to(jnp.arange(8), tokens.shape))
+
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    assert jax.eval_shape(hidden, values, tokens).dtype == jnp.bfloat16

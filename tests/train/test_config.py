@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,20 +172,41 @@ def test_a_config_file_must_be_one(tmp_path: Path, text: str | None, says: str):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "says"),
     [
-        "def get_config(:\n",
-        "import no_such_module\n",
-        "def get_config():\n    return 3\n",
-        "def get_config():\n    return TrainConfg()\n",
-        "from llava_jax.train.config import OptimConfig\n\ndef get_config():\n    return OptimConfig(rate=1)\n",
+        ("def get_config(:\n", "SyntaxError"),
+        ("import no_such_module\n", "line 1, cannot be loaded: .*no_such_module"),
+        ("def get_config():\n    return 3\n", "returned 3"),
+        ('{"model": true}\n', "line 1, cannot be loaded: NameError: name 'true'"),
+        ("def get_config():\n    return Train()\n", "line 2, cannot be loaded: NameError: name 'Train'"),
+        ("get_config = None\n", "TypeError"),
+        (
+            "from llava_jax.train.config import OptimConfig\n\ndef get_config():\n    return OptimConfig(rate=1)\n",
+            "rate",
+        ),
+        ("\0PNG", "null bytes"),
+        ("def get_config():\n    raise KeyError('x')\n", "line 2, cannot be loaded: KeyError: 'x'"),
     ],
 )
-def test_a_broken_config_file_is_a_users_error(tmp_path: Path, text: str):
+def test_a_broken_config_file_is_a_users_error(tmp_path: Path, text: str, says: str):
     path = tmp_path / "config.py"
     path.write_text(text)
-    with pytest.raises(UserError, match=str(path)):
+    with pytest.raises(UserError, match=says) as error:
         load_config(str(path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_may_start_from_its_neighbour(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import dataclasses\nfrom neighbour_of_mine import get_config as base\n\n\n"
+        "def get_config():\n    return dataclasses.replace(base(), seed=7)\n"
+    )
+    (tmp_path / "neighbour_of_mine.py").write_text(Path(DEBUG).read_text())
+    before = list(sys.path)
+    assert load_config(str(path)) == dataclasses.replace(load_config(DEBUG), seed=7)
+    assert sys.path == before
 
 
 def test_quantized_weights_do_not_learn(config: TrainConfig):

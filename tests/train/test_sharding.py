@@ -17,48 +17,17 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.models.build import structure
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import count, stack_layers
-from llava_jax.shapes import CaptionConfig, ClipConfig, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.shapes import CaptionConfig, ClipConfig
+from llava_jax.sizes import CLIP_L_336, LLAVA_15_7B, LLAVA_15_13B
 from llava_jax.train.config import MeshConfig, OptimConfig
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.sharding import RULES, like_parameters, make_mesh, parameter_shardings, partition
 from tests.tiny import CLIP, LLAVA
 from tests.train.runs import ROOT
 
-VIT_L = VisionConfig(
-    image_size=336,
-    patch_size=14,
-    embed_dim=1024,
-    hidden_dim=4096,
-    num_layers=24,
-    num_heads=16,
-    norm_eps=1e-5,
-    activation="quick_gelu",
-)
-
-
-def _vicuna(embed_dim: int, hidden_dim: int, num_layers: int, num_heads: int) -> LlavaConfig:
-    text = TextConfig(
-        vocab_size=32_000,
-        num_layers=num_layers,
-        embed_dim=embed_dim,
-        hidden_dim=hidden_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=128,
-        rope_theta=10_000.0,
-        rope_scaling=None,
-        norm_eps=1e-5,
-        max_positions=4096,
-        tie_embeddings=False,
-        sliding_window=None,
-    )
-    return LlavaConfig(
-        vision=VIT_L, text=text, projector="mlp2x_gelu", select_layer=-2, select_feature="patch", image_newline=False
-    )
-
-
+# The text tower of openai/clip-vit-large-patch14-336
 CLIP_L = ClipConfig(
-    vision=VIT_L,
+    vision=CLIP_L_336,
     caption=CaptionConfig(
         vocab_size=49_408,
         context_length=77,
@@ -75,8 +44,8 @@ CLIP_L = ClipConfig(
 CONFIGS = {
     "tiny": LLAVA,
     "tiny clip": CLIP,
-    "7b": _vicuna(4096, 11_008, 32, 32),
-    "13b": _vicuna(5120, 13_824, 40, 40),
+    "7b": LLAVA_15_7B,
+    "13b": LLAVA_15_13B,
     "clip": CLIP_L,
 }
 

@@ -1,0 +1,104 @@
+"""Plans of the large configs by the TPU compiler: one `llava-jax plan` a row, several minutes of a CPU each.
+
+python -m benchmarks.plans          # all that results/plans.json does not hold yet; '--again' for all
+python -m benchmarks.plans --row 3  # one of them, again
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import as_table
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+# Config, topology, overrides: the slices that recipes are meant for, and smaller ones to try.
+PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("llava15_pretrain_7b", "v5e:4x4", ()),
+    ("llava15_finetune_7b", "v5e:8x8", ()),
+    ("llava15_finetune_7b", "v5e:4x4", ("accumulation=8",)),
+    ("llava15_finetune_7b", "v6e:4x8", ()),
+    ("llava15_finetune_7b", "v6e:2x4", ("accumulation=16",)),
+    ("llava15_finetune_13b", "v5e:8x16", ()),
+    ("llava15_finetune_13b", "v5e:4x8", ("accumulation=4",)),
+    ("llava16_finetune_34b", "v6e:16x16", ()),
+    ("llava16_finetune_34b", "v5p:4x4x8", ()),
+    ("llava16_finetune_34b", "v6e:4x8", ("accumulation=4",)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--row", type=int, help="number of one plan, from 0")
+    parser.add_argument("--again", action="store_true", help="those that are there already, too")
+    chosen = parser.parse_args()
+    store = RESULTS / "plans.json"
+    found: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    for row, command in enumerate(map(_command, PLANS)):
+        if chosen.row == row or (chosen.row is None and (chosen.again or command not in found)):
+            done = subprocess.run(
+                [sys.executable, "-m", "llava_jax.cli", *command.split()[1:], "--json"],
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+            found[command] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **json.loads(done.stdout)}
+            store.write_text(json.dumps(found, indent=1) + "\n")
+    commands = [command for command in map(_command, PLANS) if command in found]
+    (RESULTS / "plans.md").write_text(_report({command: found[command] for command in commands}))
+
+
+def _command(plan: tuple[str, str, tuple[str, ...]]) -> str:
+    config, topology, overrides = plan
+    sets = "".join(f" --set {override}" for override in overrides)
+    return f"llava-jax plan --config configs/{config}.py --topology {topology}{sets}"
+
+
+def _report(plans: dict[str, Any]) -> str:
+    rows, links = [], []
+    for command, plan in plans.items():
+        size, bound = plan["bytes_per_chip"], plan["step_seconds_lower_bound"]
+        what = command.removeprefix("llava-jax plan --config configs/").replace(".py --topology", "")
+        batch = plan["batch"]
+        rows.append(
+            {
+                "plan": f"`{what}`",
+                "chips": plan["num_devices"],
+                "rows, at a time on a chip": f"{batch['rows']}, {batch['rows_per_chip_at_a_time']}",
+                **{name: f"{size[name] / GIB:.2f}" if name in size else "" for name in ("arguments", "temporaries")},
+                "total": f"{size['total'] / GIB:.2f}",
+                "of": f"{plan['hbm_bytes'] / GIB:.0f}",
+                "fits": "yes" if plan["fits"] else "no",
+                "step takes at least": f"{bound['seconds']:.2f} s",
+                "MFU at most": f"{plan['mfu_ceiling']:.0%}",
+            }
+        )
+        links.append({"plan": f"`{what}`"} | _traffic(plan["collectives"]))
+    methods = sorted({f"{plan['method']} ({plan['date']})" for plan in plans.values()})
+    return f"""# Plans: what fits where
+
+What the TPU compiler says on a CPU, {", ".join(methods)}: `python -m benchmarks.plans`, a row being the output of
+`llava-jax plan --config configs/CONFIG.py --topology TOPOLOGY --set ...` as its first cell has it. One row of tokens a
+record is assumed, as the data are not there to be packed; with packing a step has fewer rows. All devices are on the
+mesh's `fsdp` axis. GiB of one chip; total = arguments + outputs - aliased + temporaries + code, all of which the
+compiler lays out itself. `MFU at most` follows from the lower bound of the step's time: it is no estimate of either.
+
+{as_table(rows)}
+
+What each chip receives in a step at the least, GB:
+
+{as_table(links)}
+"""
+
+
+def _traffic(collectives: list[dict[str, Any]]) -> dict[str, str]:
+    kinds = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+    sums = {kind: sum(c["link_bytes"] for c in collectives if c["kind"] == kind) for kind in kinds}
+    return {kind: f"{size / 1e9:.2f}" for kind, size in sums.items()}
+
+
+if __name__ == "__main__":
+    main()
