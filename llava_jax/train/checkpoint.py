@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
@@ -21,6 +21,7 @@ from llava_jax.convert.workdir import (
 )
 from llava_jax.models.parameters import Parameters
 from llava_jax.train import processes
+from llava_jax.train.mirror import is_remote
 
 # Where damaged steps are put aside; nothing reads them again.
 DAMAGED = "damaged"
@@ -35,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int = 2):
-        root = Path(workdir).absolute()
+        root = epath.Path(workdir) if is_remote(workdir) else epath.Path(workdir).absolute()
         self.frozen_path, self.steps_path, self._damaged_path = root / FROZEN, root / STEPS, root / DAMAGED
         self._frozen: dict[str, str] = {}
         best = checkpoint_managers.BestN(
@@ -133,7 +134,7 @@ class Checkpoints:
         """Moves a damaged step out of the way of its repetition."""
         if processes.is_first():
             self._damaged_path.mkdir(exist_ok=True)
-            os.replace(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
+            (self.steps_path / str(step)).rename(self._damaged_path / f"{step}-{os.getpid()}")
         processes.all_agree(f"aside/{step}", True)
         self._manager.reload()
 

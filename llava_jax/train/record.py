@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
 
-from llava_jax.errors import Preempted, UserError
+from llava_jax.errors import CheckpointError, Preempted, UserError
 from llava_jax.train import processes
+from llava_jax.train.mirror import Mirror
 
 FILE = "run.json"
 
@@ -18,8 +20,9 @@ class RunRecord:
     Of several processes, the first one writes.
     """
 
-    def __init__(self, workdir: str):
-        self._path = Path(workdir, FILE)
+    def __init__(self, mirror: Mirror):
+        self._mirror = mirror
+        self._path = Path(mirror.folder, FILE)
         self.step = 0
         self.num_steps = 0
         # Of this start, by bucket; see train/goodput.py.
@@ -36,16 +39,15 @@ class RunRecord:
         self.finish(error)
 
     def finish(self, error: BaseException | None) -> None:
-        """Says how the run ended."""
-        if error is None:
-            self._write("done", 0, "")
-            return
-        code = error.exit_code if isinstance(error, UserError) else 70
-        self._write("preempted" if code == Preempted.exit_code else "failed", code, str(error))
+        """Says how the run ended, if it still can: what ended it may be that nothing can be written any more."""
+        code = 0 if error is None else error.exit_code if isinstance(error, UserError) else 70
+        status = {0: "done", Preempted.exit_code: "preempted"}.get(code, "failed")
+        try:
+            self._write(status, code, "" if error is None else str(error))
+        except (OSError, CheckpointError) as failure:
+            print(f"llava-jax: {FILE} could not be written ({failure}).", file=sys.stderr, flush=True)
 
     def _write(self, status: str, exit_code: int | None, message: str) -> None:
-        if not processes.is_first():
-            return
         content = {
             "status": status,
             "step": self.step,
@@ -55,6 +57,8 @@ class RunRecord:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, self._path)
+        if processes.is_first():
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(temporary, self._path)
+        self._mirror.carry()

@@ -66,7 +66,8 @@ class Stop:
     def end_process(self, error: UserError) -> NoReturn:
         """Ends this process from a thread, when the main one cannot be waited for; the others hear why."""
         processes.tell("alarm", json.dumps((error.exit_code, str(error))))
-        self._record.finish(error)
+        # What holds up the main thread, a disk or a bucket that does not answer, may hold up this one.
+        processes.try_for_a_while(lambda: self._record.finish(error))
         print(f"llava-jax: {error}", file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()
