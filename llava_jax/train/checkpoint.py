@@ -1,5 +1,7 @@
 """Orbax checkpoints of a workdir: what never changes once, what is trained at every saved step."""
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -92,12 +94,13 @@ class Checkpoints:
                     position=ocp.args.JsonSave(dict(position)),
                     integrity=ocp.args.JsonSave(record | {"digest": digest(record)}),
                 ),
-                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                # A loss that is not a number is less than none: no step would ever be better.
+                metrics={"eval_loss": eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
-        with named_errors(f"{self.steps_path} could not be written", "Free space; older steps are intact."):
+        with self._named_write():
             self._manager.wait_until_finished()
 
     def position(self, step: int) -> dict[str, Any]:
@@ -160,7 +163,12 @@ class Checkpoints:
         return {name: value.astype(frozen[name].dtype) for name, value in values.items()}
 
     def close(self) -> None:
-        self._manager.close()
+        # A save that failed behind the loop's back is reported here too.
+        with self._named_write():
+            self._manager.close()
+
+    def _named_write(self) -> contextlib.AbstractContextManager[None]:
+        return named_errors(f"{self.steps_path} could not be written", "Free space; older steps are intact.")
 
 
 def _eval_loss(metrics: Mapping[str, float]) -> float:

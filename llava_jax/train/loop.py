@@ -24,7 +24,7 @@ from llava_jax.train.metrics import Report
 from llava_jax.train.mirror import Mirror, mirrored
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.profiling import Profiler
-from llava_jax.train.record import RunRecord
+from llava_jax.train.record import RunRecord, named_shortage
 from llava_jax.train.sharding import make_mesh, num_batch_shards, process_places, to_devices
 from llava_jax.train.state import Layout, State, fresh_state, resumed_state, saved_trees
 from llava_jax.train.step import jit_step
@@ -46,7 +46,11 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
     processes.begin_run()
     with mirrored(workdir) as mirror, only_run(mirror), RunRecord(mirror) as record:
         stop = Stop(record)
-        with stop.listening(), contextlib.closing(Checkpoints(workdir, keep=config.life.keep)) as saved:
+        with (
+            stop.listening(),
+            named_shortage(workdir),
+            contextlib.closing(Checkpoints(workdir, keep=config.life.keep)) as saved,
+        ):
             _run(config, mirror, name, record, stop, saved)
 
 

@@ -1,17 +1,37 @@
 """`run.json`: how a run stands, in words, for people and schedulers."""
 
+import contextlib
+import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from llava_jax.errors import CheckpointError, Preempted, UserError
+from llava_jax.errors import CheckpointError, Preempted, exit_code
 from llava_jax.train import processes
 from llava_jax.train.mirror import Mirror
 
 FILE = "run.json"
+
+# A disk or quota is full, or the folder cannot be written any more.
+SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def named_shortage(workdir: str) -> Iterator[None]:
+    """Turns what the system says of a full disk, whichever file of a run met it, into one error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            raise
+        raise CheckpointError(
+            f"The workdir must have room for what a run writes; in {workdir!r}: {error}. Free space and run the same "
+            "command again; saved steps are intact."
+        ) from error
 
 
 class RunRecord:
@@ -40,10 +60,11 @@ class RunRecord:
 
     def finish(self, error: BaseException | None) -> None:
         """Says how the run ended, if it still can: what ended it may be that nothing can be written any more."""
-        code = 0 if error is None else error.exit_code if isinstance(error, UserError) else 70
+        code = exit_code(error)
         status = {0: "done", Preempted.exit_code: "preempted"}.get(code, "failed")
+        message = "" if error is None else str(error) or type(error).__name__
         try:
-            self._write(status, code, "" if error is None else str(error))
+            self._write(status, code, message)
         except (OSError, CheckpointError) as failure:
             print(f"llava-jax: {FILE} could not be written ({failure}).", file=sys.stderr, flush=True)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from llava_jax.errors import Preempted, UserError
+from llava_jax.errors import Preempted, UserError, exit_code
 from llava_jax.train import processes
 from llava_jax.train.record import RunRecord
 
@@ -87,8 +87,7 @@ class Stop:
                 self._is_over = True
             if not isinstance(error, Preempted):
                 self._vote("end")
-                code = error.exit_code if isinstance(error, UserError) else 70
-                processes.tell("alarm", json.dumps((code, f"process {processes.index()} ended: {error}")))
+                processes.tell("alarm", json.dumps((exit_code(error), f"process {processes.index()} ended: {error}")))
             raise
         finally:
             with self._lock:

@@ -50,9 +50,11 @@ class Watchdog:
             if silence > self._seconds:
                 faulthandler.dump_traceback(sys.stderr)
                 processes.try_for_a_while(self._leave_stacks)
-                return self._end_process(
+                self._end_process(
                     Stalled(
                         f"A step must end within life.stall_seconds={self._seconds:g}; none did for {silence:.0f} "
                         f"seconds. What every thread did is in {self._stacks}. Run the same command again."
                     )
                 )
+                # Only a test's stand-in comes back.
+                break

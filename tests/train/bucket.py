@@ -208,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
             method, url, _ = part.get_payload(decode=True).decode().split(maxsplit=2)
             code, content, _ = self._answer(method, url, b"")
             out.append(
-                f"--answers\r\nContent-Type: application/http\r\nContent-ID: <response-{part['Content-ID'] or ''}>\r\n\r\n"
+                "--answers\r\nContent-Type: application/http\r\n"
+                f"Content-ID: <response-{part['Content-ID'] or ''}>\r\n\r\n"
                 f"HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
                 f"{content.decode()}\r\n"
             )

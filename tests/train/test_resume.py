@@ -28,7 +28,6 @@ from tests.train.runs import (
     wait_for_step,
 )
 
-
 # A run that has recorded more steps may end before the kill comes.
 LAST_KILL = STEPS - 3
 
