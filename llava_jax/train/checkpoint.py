@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int = 2):
-        root = epath.Path(workdir) if is_remote(workdir) else epath.Path(workdir).absolute()
+        root = epath.Path(workdir) if is_remote(workdir) else Path(workdir).absolute()
         self.frozen_path, self.steps_path, self._damaged_path = root / FROZEN, root / STEPS, root / DAMAGED
         self._frozen: dict[str, str] = {}
         best = checkpoint_managers.BestN(

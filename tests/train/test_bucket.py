@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from tests.train.runs import (
     wait,
 )
 
-needs_gcs = pytest.mark.skipif(find_spec("gcsfs") is None, reason="an extra of its own")
 URL = "gs://bucket/runs/one"
 UNDER = "runs/one/"
 
@@ -61,7 +59,6 @@ def _assert_same_run(copy: Path, reference: Path) -> None:
     assert json.loads((copy / "run.json").read_text())["status"] == "done"
 
 
-@needs_gcs
 def test_a_killed_run_goes_on_from_its_bucket(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     process = start(URL, EVERY, cache=cache, **bucket.environment)
     _wait_for(bucket, "checkpoints/4/commit_success.txt", process)
@@ -79,7 +76,6 @@ def test_a_killed_run_goes_on_from_its_bucket(tmp_path: Path, reference: Path, c
     assert all(np.array_equal(values[name].view(), expected[name].view()) for name in expected)
 
 
-@needs_gcs
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", range(2, STEPS, 2))
 def test_a_save_that_is_cut_short_is_no_step(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket, step: int):
@@ -94,7 +90,6 @@ def test_a_save_that_is_cut_short_is_no_step(tmp_path: Path, reference: Path, ca
     _assert_same_run(_copy(bucket, tmp_path / "copy"), reference)
 
 
-@needs_gcs
 @pytest.mark.nightly
 def test_a_run_in_a_bucket_stops_when_asked(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     process = start(URL, EVERY, cache=cache, **bucket.environment)
@@ -109,7 +104,6 @@ def test_a_run_in_a_bucket_stops_when_asked(tmp_path: Path, reference: Path, cac
     _assert_same_run(_copy(bucket, tmp_path / "copy"), reference)
 
 
-@needs_gcs
 @pytest.mark.nightly
 def test_a_damaged_step_in_a_bucket_is_put_aside(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     assert finish(URL, EVERY, cache=cache, **bucket.environment).returncode == 0
@@ -125,7 +119,6 @@ def test_a_damaged_step_in_a_bucket_is_put_aside(tmp_path: Path, reference: Path
     _assert_same_run(_copy(bucket, tmp_path / "copy"), reference)
 
 
-@needs_gcs
 @pytest.mark.nightly
 def test_two_processes_share_a_bucket(tmp_path: Path, reference: Path, bucket: Bucket):
     """Compiled programs, too, are kept there."""
@@ -139,7 +132,6 @@ def test_two_processes_share_a_bucket(tmp_path: Path, reference: Path, bucket: B
     assert bucket.names(f"{UNDER}compiled/")
 
 
-@needs_gcs
 def test_a_bucket_that_is_not_there_is_one_line(bucket: Bucket, cache: Path):
     result = finish("gs://another/runs/one", EVERY, cache=cache, **bucket.environment)
     assert result.returncode == 74, result.stderr
