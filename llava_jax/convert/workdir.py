@@ -32,8 +32,9 @@ EMBEDDING = "decoder.embed_tokens.embedding"
 # The resolved config of a run, flat.
 CONFIG = "config.json"
 
-# Orbax reports every phase of every save as a warning; what matters comes back as an exception.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every phase of every save as a warning, and the stack of every failed one from each of its threads;
+# what matters comes back as an exception.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], int]:

@@ -22,6 +22,8 @@ def only_run(mirror: Mirror) -> Iterator[None]:
     workdir = mirror.folder
     if mirror.is_remote:
         print(f"{mirror.workdir} cannot be locked (it is a bucket): take care to start one run alone.", flush=True)
+        yield
+        return
     path = Path(workdir, "lock")
     try:
         path.touch()
