@@ -59,6 +59,7 @@ def _assert_same_run(copy: Path, reference: Path) -> None:
     assert json.loads((copy / "run.json").read_text())["status"] == "done"
 
 
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_from_its_bucket(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     process = start(URL, EVERY, cache=cache, **bucket.environment)
     _wait_for(bucket, "checkpoints/4/commit_success.txt", process)
