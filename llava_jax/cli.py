@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from llava_jax.errors import UserError
+from llava_jax.errors import UserError, exit_code
 
 # Huge pages, and large blocks from the heap, which is never trimmed.
 HEAP = ":".join(
@@ -49,7 +49,7 @@ def _exit_code(arguments: argparse.Namespace) -> int:
         arguments.run(arguments)
     except UserError as error:
         print(f"llava-jax: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code(error)
     except Exception as error:
         # Configs check themselves with plain ValueErrors; anything else is a defect and keeps its trace.
         if (
@@ -58,12 +58,12 @@ def _exit_code(arguments: argparse.Namespace) -> int:
             and not os.environ.get("LLAVA_JAX_TRACE")
         ):
             print(f"llava-jax: {error}", file=sys.stderr)
-            return 2
+            return exit_code(error)
         traceback.print_exc()
         return 70
     except KeyboardInterrupt:
         print("llava-jax: interrupted", file=sys.stderr)
-        return 130
+        return exit_code(KeyboardInterrupt())
     return 0
 
 

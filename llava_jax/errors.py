@@ -37,6 +37,20 @@ class Stalled(UserError):
     exit_code = 76
 
 
+def exit_code(error: BaseException | None) -> int:
+    """The code that a run ends with: configs check themselves with plain ValueErrors, which are wrong usage."""
+    match error:
+        case None:
+            return 0
+        case UserError():
+            return error.exit_code
+        case ValueError():
+            return 2
+        case KeyboardInterrupt():
+            return 130
+    return 70
+
+
 class Refused(Exception):
     """One record that cannot be used: counted by `reason`, shown by `detail`, and the run goes on."""
 

@@ -32,8 +32,9 @@ from llava_jax.inference.generate import Sampling, generate
 from llava_jax.inference.model import Model, Processor, load, read_images
 from llava_jax.sizes import QUICKSTART_VOCABULARY
 from llava_jax.train.config import load_config
-from llava_jax.train.loop import make_workdir, train
+from llava_jax.train.loop import train
 from llava_jax.train.metrics import read_metrics
+from llava_jax.train.mirror import make_folder
 
 # Questions answered at a time: enough to keep two cores busy, little memory.
 EVAL_BATCH = 256
@@ -56,7 +57,7 @@ def quickstart(workdir: str, *, seed: int) -> None:
     configs = Path(llava_jax.__file__).parents[1] / "configs"
     if not configs.is_dir():
         raise UserError(f"The quickstart runs from a clone, which has configs/; {str(configs)!r} does not exist.")
-    make_workdir(workdir)
+    make_folder(workdir)
     data, pictures = root / "data", root / "data" / "pictures"
     runs = {}
     for stage, records in STAGES.items():

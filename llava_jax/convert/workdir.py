@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llava_jax.convert.checkpoint import Run
 from llava_jax.convert.fields import read_object
@@ -24,14 +25,18 @@ from llava_jax.models.lora import A, B, LoraConfig, is_adapter, merged
 from llava_jax.models.parameters import Parameters
 from llava_jax.models.quantized import ABSMAX, CODES, dequantize, is_quantized, kernel_shape
 
+# In a folder or in a bucket.
+AnyPath = Path | epath.Path
+
 FROZEN = "frozen"
 STEPS = "checkpoints"
 EMBEDDING = "decoder.embed_tokens.embedding"
 # The resolved config of a run, flat.
 CONFIG = "config.json"
 
-# Orbax reports every phase of every save as a warning; what matters comes back as an exception.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every phase of every save as a warning, and the stack of every failed one from each of its threads;
+# what matters comes back as an exception.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], Run]:
@@ -99,7 +104,7 @@ def saved_steps(root: Path) -> list[int]:
     return list(ocp.utils.checkpoint_steps(root / STEPS)) if (root / STEPS).is_dir() else []
 
 
-def read_record(step_folder: Path) -> dict[str, Any]:
+def read_record(step_folder: AnyPath) -> dict[str, Any]:
     """The integrity record of a step: fingerprints of its arrays and the frozen ones, digest of its position."""
     what = f"step {step_folder.name} of {step_folder.parent}"
     try:
@@ -112,7 +117,7 @@ def read_record(step_folder: Path) -> dict[str, Any]:
     return record
 
 
-def compare_frozen(found: dict[str, str], saved: dict[str, str], folder: Path) -> None:
+def compare_frozen(found: dict[str, str], saved: dict[str, str], folder: AnyPath) -> None:
     """As `compare`, for the one copy of what a run never changes: there is no older one to fall back to."""
     try:
         compare(found, saved, str(folder))
@@ -123,7 +128,7 @@ def compare_frozen(found: dict[str, str], saved: dict[str, str], folder: Path) -
         ) from error
 
 
-def tree_shapes(path: Path) -> dict[str, Any]:
+def tree_shapes(path: AnyPath) -> dict[str, Any]:
     """What a saved dictionary holds: anything with `shape` and `dtype` by name."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(path).item_metadata.tree
@@ -177,7 +182,7 @@ def _whole(codes: Tensor, absmax: Tensor) -> np.ndarray:
     return np.asarray(dequantize(jnp.asarray(codes.view()), jnp.asarray(absmax.view()), jnp.float32))
 
 
-def restore_tree(path: Path, target: Any) -> Parameters:
+def restore_tree(path: AnyPath, target: Any) -> Parameters:
     """A saved dictionary in the shapes, dtypes and shardings of `target`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import zlib
@@ -86,15 +87,20 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
     if num_workers:
         _parse_absl_flags()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _start_worker)
+    others = set(multiprocessing.active_children())
     with _for_workers():
         batches = iter(dataset)
-        first = next(batches, None)
     try:
+        with _for_workers():
+            first = next(batches, None)
         if first is not None:
             yield first
             yield from batches
     finally:
-        # Workers that ignore SIGTERM would hold up the end of this process.
+        # Asked to end, a worker first finishes its imports and the rows it has begun; Grain waits for one after the
+        # other, 25 seconds each. What a scheduler grants is less, and nobody will read those rows.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
         batches.close()
 
 
@@ -117,16 +123,27 @@ def _for_workers() -> Iterator[None]:
 
     A worker imports Grain, which imports JAX. The parent's other threads still take the signal.
     """
-    before = os.environ.get("JAX_PLATFORMS")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # Its start would unblock the signal in the thread that starts the first worker.
-    resource_tracker.ensure_running()
+    # Its start would unblock the signal in the thread that starts the first worker. It would also warn of the arrays
+    # that killed workers leave in shared memory, which it removes.
+    with _variable("PYTHONWARNINGS", "ignore"):
+        resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with _variable("JAX_PLATFORMS", "cpu"):
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment, for processes that are started inside the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if before is None:
-            del os.environ["JAX_PLATFORMS"]
+            del os.environ[name]
         else:
-            os.environ["JAX_PLATFORMS"] = before
+            os.environ[name] = before

@@ -1,5 +1,7 @@
 """Orbax checkpoints of a workdir: what never changes once, what is trained at every saved step."""
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
@@ -21,6 +24,7 @@ from llava_jax.convert.workdir import (
 )
 from llava_jax.models.parameters import Parameters
 from llava_jax.train import processes
+from llava_jax.train.mirror import is_remote
 
 # Where damaged steps are put aside; nothing reads them again.
 DAMAGED = "damaged"
@@ -35,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, *, keep: int = 2):
-        root = Path(workdir).absolute()
+        root = epath.Path(workdir) if is_remote(workdir) else Path(workdir).absolute()
         self.frozen_path, self.steps_path, self._damaged_path = root / FROZEN, root / STEPS, root / DAMAGED
         self._frozen: dict[str, str] = {}
         best = checkpoint_managers.BestN(
@@ -91,12 +95,13 @@ class Checkpoints:
                     position=ocp.args.JsonSave(dict(position)),
                     integrity=ocp.args.JsonSave(record | {"digest": digest(record)}),
                 ),
-                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                # A loss that is not a number is less than none: no step would ever be better.
+                metrics={"eval_loss": eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
-        with named_errors(f"{self.steps_path} could not be written", "Free space; older steps are intact."):
+        with self._named_write():
             self._manager.wait_until_finished()
 
     def position(self, step: int) -> dict[str, Any]:
@@ -133,7 +138,7 @@ class Checkpoints:
         """Moves a damaged step out of the way of its repetition."""
         if processes.is_first():
             self._damaged_path.mkdir(exist_ok=True)
-            os.replace(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
+            (self.steps_path / str(step)).rename(self._damaged_path / f"{step}-{os.getpid()}")
         processes.all_agree(f"aside/{step}", True)
         self._manager.reload()
 
@@ -159,7 +164,12 @@ class Checkpoints:
         return {name: value.astype(frozen[name].dtype) for name, value in values.items()}
 
     def close(self) -> None:
-        self._manager.close()
+        # A save that failed behind the loop's back is reported here too.
+        with self._named_write():
+            self._manager.close()
+
+    def _named_write(self) -> contextlib.AbstractContextManager[None]:
+        return named_errors(f"{self.steps_path} could not be written", "Free space; older steps are intact.")
 
 
 def _eval_loss(metrics: Mapping[str, float]) -> float:

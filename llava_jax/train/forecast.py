@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 import jax
+from etils import epath
 
 from llava_jax.train import processes
+from llava_jax.train.mirror import is_remote
 
 PROBE_BYTES = 64 << 20
 # What spot machines grant at least: 15 seconds on GKE, 30 on Compute Engine.
@@ -19,10 +21,15 @@ def save_forecast(workdir: str, trees: Any) -> str:
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) // processes.count()
     probe = bytes(min(num_bytes, PROBE_BYTES))
     start = time.perf_counter()
-    with tempfile.TemporaryFile(dir=workdir) as file:
-        file.write(probe)
-        file.flush()
-        os.fsync(file.fileno())
+    if is_remote(workdir):
+        path = epath.Path(workdir) / f"probe-{processes.index()}"
+        path.write_bytes(probe)
+        path.unlink()
+    else:
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(probe)
+            file.flush()
+            os.fsync(file.fileno())
     speed = max(len(probe), 1) / (time.perf_counter() - start)
     seconds = num_bytes / speed
     warning = (

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from llava_jax.errors import CheckpointError
 from llava_jax.train import processes
+from llava_jax.train.mirror import Mirror
 
 
 @contextlib.contextmanager
-def only_run(workdir: str) -> Iterator[None]:
+def only_run(mirror: Mirror) -> Iterator[None]:
     """Holds the workdir against a second run; the kernel lets go when the process ends, however it does.
 
-    Of several processes, the first one holds it for all.
+    Of several processes, the first one holds it for all. A bucket cannot be held.
     """
     if not processes.is_first():
+        yield
+        return
+    workdir = mirror.folder
+    if mirror.is_remote:
+        print(f"{mirror.workdir} cannot be locked (it is a bucket): take care to start one run alone.", flush=True)
         yield
         return
     path = Path(workdir, "lock")

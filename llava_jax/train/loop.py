@@ -10,7 +10,7 @@ from llava_jax.data.pipeline import RowReader, read_batches
 from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.rows import Needs
 from llava_jax.data.tokenizer import open_tokenizer
-from llava_jax.errors import CheckpointError, Preempted, UserError
+from llava_jax.errors import Preempted, UserError
 from llava_jax.shapes import LlavaConfig
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
@@ -22,9 +22,10 @@ from llava_jax.train.goodput import Clock
 from llava_jax.train.identity import check_same_run, describe
 from llava_jax.train.lock import only_run
 from llava_jax.train.metrics import Report
+from llava_jax.train.mirror import Mirror, mirrored
 from llava_jax.train.optim import make_optimizer
 from llava_jax.train.profiling import Profiler
-from llava_jax.train.record import RunRecord
+from llava_jax.train.record import RunRecord, named_shortage
 from llava_jax.train.sharding import make_mesh, num_batch_shards, process_places, to_devices
 from llava_jax.train.state import Layout, State, fresh_state, resumed_state, saved_trees
 from llava_jax.train.step import jit_step
@@ -43,21 +44,27 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
       DataError, CheckpointError, UserError: the input is at fault; the message says how.
     """
     check_evaluation(config)
-    make_workdir(workdir)
     processes.begin_run()
-    with only_run(workdir), RunRecord(workdir) as record:
+    with mirrored(workdir) as mirror, only_run(mirror), RunRecord(mirror) as record:
         stop = Stop(record)
-        with stop.listening(), contextlib.closing(Checkpoints(workdir, keep=config.life.keep)) as saved:
-            _run(config, workdir, name, record, stop, saved)
+        with (
+            stop.listening(),
+            named_shortage(workdir),
+            contextlib.closing(Checkpoints(workdir, keep=config.life.keep)) as saved,
+        ):
+            _run(config, mirror, name, record, stop, saved)
 
 
-def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: Stop, saved: Checkpoints) -> None:
+def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop: Stop, saved: Checkpoints) -> None:
     clock = Clock()
+    workdir = mirror.folder
     record.seconds = clock.total
     mesh = make_mesh(config.mesh)
     needs = data_needs(config)
     with processes.first_before_others("index"):
+        mirror.fetch()
         index = load_index(config.data.records, config.data.rows, needs, Path(workdir, "cache"))
+        mirror.carry()
     check_refusals(index, config.data.max_refused)
     plan = plan_data(config, index, rows_multiple=num_batch_shards(mesh) * config.accumulation)
     record.num_steps = plan.num_steps
@@ -68,6 +75,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
     state = resumed_state(layout, saved, check=functools.partial(check_same_run, config, workdir, position))
     if state is None:
         describe(config, workdir)
+        mirror.carry()
         state = fresh_state(layout, optimizer, saved)
     record.step = state.step
     saved.rehearse(*saved_trees(layout, state))
@@ -76,7 +84,7 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
     if state.step == plan.num_steps:
         return
     if processes.is_first():
-        print(f"{name}: {save_forecast(workdir, (state.trainable, state.opt_state))}", flush=True)
+        print(f"{name}: {save_forecast(mirror.workdir, (state.trainable, state.opt_state))}", flush=True)
 
     places = process_places(mesh, plan.rows_per_step)
     reader = RowReader(index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=state.step, places=places)
@@ -119,6 +127,8 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
                     clock.lap("eval")
                 report.flush(**({} if eval_loss is None else {"eval_loss": eval_loss}))
                 trainable, opt_state = saved_trees(layout, state)
+                # Before the step itself becomes visible: a saved step has the metrics of all steps before it.
+                mirror.carry()
                 saved.save(state.step, trainable, opt_state, position, eval_loss=eval_loss)
                 record.step = state.step
                 watchdog.beat()
@@ -128,21 +138,6 @@ def _run(config: TrainConfig, workdir: str, name: str, record: RunRecord, stop: 
                 raise Preempted(f"SIGTERM at step {state.step} of {plan.num_steps}: saved; run the same command again.")
         saved.wait()
         clock.lap("save")
-
-
-def make_workdir(workdir: str) -> None:
-    """Makes the folder; raises `UserError` or `CheckpointError` if that cannot be."""
-    if "://" in workdir:
-        raise UserError(
-            f"--workdir must be a folder that can be opened as one; got {workdir!r}. Mount the bucket (for gs:// with "
-            "gcsfuse) and give the folder it is mounted on."
-        )
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"--workdir must be a folder that can be written; got {workdir!r}: {error}. Name another."
-        ) from None
 
 
 def data_needs(config: TrainConfig) -> Needs:

@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -142,6 +143,13 @@ def all_agree(name: str, ok: bool) -> bool:
     while len(words := heard_all(name)) < count():
         time.sleep(pause())
     return all(map(json.loads, words))
+
+
+def try_for_a_while(action: Callable[[], None]) -> None:
+    """Does something on the way out that may never end, as writing to a disk that is gone; waits only so long."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
 
 
 def leave(code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from llava_jax.errors import Preempted, UserError
+from llava_jax.errors import Preempted, UserError, exit_code
 from llava_jax.train import processes
 from llava_jax.train.record import RunRecord
 
@@ -66,7 +66,8 @@ class Stop:
     def end_process(self, error: UserError) -> NoReturn:
         """Ends this process from a thread, when the main one cannot be waited for; the others hear why."""
         processes.tell("alarm", json.dumps((error.exit_code, str(error))))
-        self._record.finish(error)
+        # What holds up the main thread, a disk or a bucket that does not answer, may hold up this one.
+        processes.try_for_a_while(lambda: self._record.finish(error))
         print(f"llava-jax: {error}", file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -86,8 +87,7 @@ class Stop:
                 self._is_over = True
             if not isinstance(error, Preempted):
                 self._vote("end")
-                code = error.exit_code if isinstance(error, UserError) else 70
-                processes.tell("alarm", json.dumps((code, f"process {processes.index()} ended: {error}")))
+                processes.tell("alarm", json.dumps((exit_code(error), f"process {processes.index()} ended: {error}")))
             raise
         finally:
             with self._lock:

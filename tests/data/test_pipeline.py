@@ -1,9 +1,13 @@
 """Batches: the same on any number of hosts and workers, from any step on, with damaged pictures replaced."""
 
+import dataclasses
 import json
+import multiprocessing
 import pickle
 import shutil
+import time
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import pytest
 from llava_jax.data.index import load_index
 from llava_jax.data.pipeline import Batch, RowReader, read_batches
 from llava_jax.data.plan import make_plan
-from llava_jax.data.rows import Augment, Captions, Conversations, Needs
+from llava_jax.data.rows import Augment, Captions, Conversations, Needs, Row
 from llava_jax.data.templates import V1
 from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import DataError
@@ -199,6 +203,26 @@ def test_a_record_without_a_substitute_stops_the_run_by_name(tmp_path: Path, own
     shutil.rmtree(folder / "pictures")
     with pytest.raises(DataError, match="missing picture.*Mend the data"):
         list(read_batches(reader, num_workers=num_workers))
+
+
+class _Hanging(RowReader):
+    """Rows of later steps never come."""
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        if int(index) >= 8:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_end(own: Path):
+    reader = _reader(own)
+    fields = {field.name: getattr(reader, field.name) for field in dataclasses.fields(reader)}
+    batches = read_batches(_Hanging(**fields), num_workers=1)
+    next(batches)
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 10
+    assert not multiprocessing.active_children()
 
 
 def test_a_pickled_reader_ships_no_records(own: Path):

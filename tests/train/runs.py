@@ -92,15 +92,15 @@ def start_several(workdir: Path, count: int, *overrides: str, cache: Path | None
     ]
 
 
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    """Returns when the run has recorded so many steps, or has ended."""
-    deadline = time.monotonic() + 600
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen, timeout: float | None = None) -> None:
+    """Returns when the run has recorded so many steps, has ended, or `timeout` seconds are over."""
+    deadline = time.monotonic() + (timeout or 600)
     while time.monotonic() < deadline and process.poll() is None:
         metrics = workdir / "metrics.jsonl"
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
             return
         time.sleep(0.005)
-    assert process.poll() is not None, "the run did not reach the step"
+    assert timeout or process.poll() is not None, "the run did not reach the step"
 
 
 def saved_steps(workdir: Path) -> list[int]:

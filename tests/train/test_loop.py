@@ -58,6 +58,11 @@ def attempt(capfd: pytest.CaptureFixture):
     return run
 
 
+def _assert_recorded(workdir: Path, code: int) -> None:
+    record = json.loads((workdir / "run.json").read_text())
+    assert (record["status"], record["exit_code"]) == ("failed", code)
+
+
 def _assert_one_line(result: subprocess.CompletedProcess, code: int, *says: str) -> None:
     assert result.returncode == code, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("llava-jax: ")]
@@ -94,6 +99,9 @@ def test_a_run_leaves_what_its_folder_promises(finished: Path):
 )
 def test_a_wrong_setting_exits_with_2(tmp_path: Path, override: str, says: str, attempt):
     _assert_one_line(attempt(tmp_path / "run", *SHORT, override), 2, says)
+    if (tmp_path / "run").exists():
+        # What is only found out when devices and data are looked at.
+        _assert_recorded(tmp_path / "run", 2)
 
 
 def test_a_missing_start_exits_with_74(tmp_path: Path, attempt):

@@ -28,6 +28,9 @@ from tests.train.runs import (
     wait_for_step,
 )
 
+# A run that has recorded more steps may end before the kill comes.
+LAST_KILL = STEPS - 3
+
 
 def _assert_same_run(workdir: Path, reference: Path) -> None:
     assert story(workdir) == story(reference)
@@ -43,11 +46,13 @@ def _kill_and_finish(workdir: Path, cache: Path, config: str, seed: int, num_kil
     for number in range(num_kills + 1):
         process = start(workdir, EVERY, cache=cache, config=config)
         if number < num_kills:
-            if number % 2:
-                time.sleep(rng.uniform(0.5, 6.0))
+            # Lines of the start before count as steps, until this one has found out where it goes on.
+            step = done + rng.randrange(1, 4)
+            if number % 2 or step > LAST_KILL:
+                wait_for_step(workdir, max(done, LAST_KILL) + 1, process, timeout=rng.uniform(0.5, 6.0))
             else:
-                wait_for_step(workdir, rng.randrange(1, STEPS), process)
-                time.sleep(rng.uniform(0.0, 0.3))
+                wait_for_step(workdir, step, process)
+                time.sleep(rng.uniform(0.0, 0.2))
             hits += process.poll() is None
             process.kill()
         result = wait(process)
@@ -71,12 +76,14 @@ def test_killed_runs_end_as_if_nothing_had_happened(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(1, 10))
+@pytest.mark.parametrize("seed", range(1, 7))
 @pytest.mark.parametrize("stage", STAGES)
 def test_often_killed_runs_end_as_if_nothing_had_happened(
     tmp_path: Path, references, cache: Path, stage: str, seed: int
 ):
-    _kill_and_finish(tmp_path / "run", cache, STAGES[stage], seed=seed, num_kills=6)
+    """Eighteen runs, at least 108 kills of a live process."""
+    hits = _kill_and_finish(tmp_path / "run", cache, STAGES[stage], seed=seed, num_kills=6)
+    assert hits == 6
     _assert_same_run(tmp_path / "run", references(stage))
 
 
@@ -131,7 +138,9 @@ def test_workers_that_are_stopped_too_do_not_spoil_the_stop(tmp_path: Path, refe
     process = start(workdir, "checkpoint_every=100", "data.workers=2", cache=cache)
     wait_for_step(workdir, 2, process)
     os.killpg(process.pid, signal.SIGTERM)
-    _assert_stopped(workdir, wait(process, timeout=120), at_least=2)
+    result = wait(process, timeout=120)
+    _assert_stopped(workdir, result, at_least=2)
+    assert result.stderr.count("\n") == 1
     assert finish(workdir, EVERY, cache=cache).returncode == 0
     _assert_same_run(workdir, reference)
 

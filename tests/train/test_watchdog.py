@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.data.generated import generate_data
+from llava_jax.train import processes
 from llava_jax.train.watchdog import Watchdog
 from tests.train.runs import start, wait, wait_for_step
 
@@ -26,6 +27,17 @@ def test_silence_ends_a_run_and_leaves_its_stacks(tmp_path: Path, capfd):
     assert "life.stall_seconds=0.2" in str(ended[0])
     assert "_doze" in (tmp_path / "stacks-0.txt").read_text()
     assert "_doze" in capfd.readouterr().err
+
+
+def test_a_disk_that_does_not_answer_holds_up_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pipe that nobody reads takes the place of the file for the stacks: opening it waits for ever."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    os.mkfifo(tmp_path / "stacks-0.txt")
+    ended: list = []
+    with Watchdog(0.2, str(tmp_path), ended.append) as watchdog:
+        watchdog.beat()
+        _doze(1.5)
+    assert len(ended) == 1
 
 
 def test_signs_of_life_keep_it_quiet_and_compiling_may_take_long(tmp_path: Path):
