@@ -57,6 +57,8 @@ def quickstart(workdir: str, *, seed: int) -> None:
     configs = Path(llava_jax.__file__).parents[1] / "configs"
     if not configs.is_dir():
         raise UserError(f"The quickstart runs from a clone, which has configs/; {str(configs)!r} does not exist.")
+    if "://" in workdir:
+        raise UserError(f"The quickstart's --workdir must be a local folder; got {workdir!r}.")
     make_folder(workdir)
     data, pictures = root / "data", root / "data" / "pictures"
     runs = {}

@@ -167,8 +167,8 @@ def test_a_model_of_ours_tells_others_where_its_answers_end(data: Path, tmp_path
     tokenizer = str(data / "tokenizer")
     write_model_folder(str(tmp_path / "a"), checkpoint.card(), checkpoint.params, tokenizer=tokenizer, source="x")
     for to in ("hf", "original"):
-        convert(str(tmp_path / "a"), str(tmp_path / to), to=to)
-        told = json.loads((tmp_path / to / "generation_config.json").read_text())
+        convert(str(tmp_path / "a"), str(tmp_path / f"to_{to}"), to=to)
+        told = json.loads((tmp_path / f"to_{to}" / "generation_config.json").read_text())
         assert told["eos_token_id"] == open_tokenizer(tokenizer).eos_id
 
 
