@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
             tokenizer=f"{DATA}/tokenizer",
             rows=Captions(length=8, augment=Augment(mirror=True, shift=12)),
             batch_rows=64,
-            steps=700,
+            steps=1000,
         ),
         optim=OptimConfig(learning_rate=3e-3),
         compute_dtype="float32",

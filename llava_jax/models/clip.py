@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Remat, make_layers, run_layers
+from llava_jax.models.layers import Remat, as_held, make_layers, run_layers
 from llava_jax.shapes import Activation, CaptionConfig, ClipConfig, FeatureSelect, VisionConfig
 
 # OpenAI's statistics of red, green and blue (`OPENAI_CLIP_MEAN`, `OPENAI_CLIP_STD` of transformers).
@@ -151,7 +151,9 @@ class ClipCaption(nnx.Module):
 
     def __init__(self, config: CaptionConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         e = config.embed_dim
-        self.token_embedding = nnx.Embed(config.vocab_size, e, param_dtype=param_dtype, rngs=rngs)
+        self.token_embedding = nnx.Embed(
+            config.vocab_size, e, param_dtype=param_dtype, promote_dtype=as_held, rngs=rngs
+        )
         self.position_embedding = nnx.Param(jnp.zeros((config.context_length, e), param_dtype))
         make = functools.partial(ClipLayer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)

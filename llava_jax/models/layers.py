@@ -11,6 +11,11 @@ Carry = TypeVar("Carry")
 Remat = Callable[[Callable], Callable] | None
 
 
+def as_held(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    """For nnx.Embed's `promote_dtype`: the table stays in the dtype it is bound in, not the one it was made with."""
+    return arrays
+
+
 def make_layers(make: Callable[[], nnx.Module], num_layers: int, *, stacked: bool) -> nnx.List | nnx.Module:
     """Builds a run of layers as an `nnx.List`, or as one module to be bound to stacked parameters.
 

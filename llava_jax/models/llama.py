@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Remat, make_layers, run_layers
+from llava_jax.models.layers import Remat, as_held, make_layers, run_layers
 from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 
 
@@ -174,17 +174,12 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-def _as_held(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
-    """Keeps the dtype of what a module is bound to: nnx.Embed alone goes back to the one that it was made with."""
-    return arrays
-
-
 class Llama(nnx.Module):
     """The decoder without its input: it takes embeddings, since a picture has no token ids."""
 
     def __init__(self, config: TextConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.embed_dim, param_dtype=param_dtype, promote_dtype=_as_held, rngs=rngs
+            config.vocab_size, config.embed_dim, param_dtype=param_dtype, promote_dtype=as_held, rngs=rngs
         )
         make = functools.partial(Layer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
