@@ -30,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_training and argv is None:
         signal.signal(signal.SIGTERM, _stopped_before_it_began)
     code = _exit_code(arguments)
-    if is_training and code:
+    if is_training and code and argv is None:
         from llava_jax.train import processes
 
-        processes.leave_if_several(code)
+        # All is closed or has failed to; neither Orbax's threads nor other processes have more to say.
+        processes.leave(code)
     return code
 
 

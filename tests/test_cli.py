@@ -121,7 +121,11 @@ def test_a_missing_model_is_one_line_and_exits_with_74(words: list[str], capsys:
 def test_a_defect_exits_with_70(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The contract's code for internal errors, with the trace for the report."""
     config = tmp_path / "config.py"
-    config.write_text("def get_config():\n    return 1 / 0\n")
+    debug = Path(__file__).parents[1] / "configs" / "debug_cpu.py"
+    config.write_text(
+        "import llava_jax.data.check as check\nfrom llava_jax.train.config import load_config\n\n\n"
+        f"def get_config():\n    check.ask_all = lambda *_, **__: 1 / 0\n    return load_config({str(debug)!r})\n"
+    )
     result = subprocess.run(
         [sys.executable, "-m", "llava_jax.cli", "data", "check", "--config", str(config)],
         capture_output=True,

@@ -34,7 +34,7 @@ def cross_entropy(
 
     def chunks(x: Array) -> Array:
         b, t, *rest = x.shape
-        ordered = x.at[jnp.arange(b)[:, None], order].get(unique_indices=True, mode="promise_in_bounds")
+        ordered = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
         padded = jnp.pad(ordered, [(0, 0), (0, short)] + [(0, 0)] * len(rest))
         return padded.reshape(b, -1, chunk, *rest).swapaxes(0, 1)
 

@@ -167,12 +167,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_if_several(code: int) -> None:
-    """Ends this process for good if it is one of several; alone, it may end as any program does."""
-    if are_several():
-        leave(code)
-
-
 def _wait_for(key: str) -> str:
     """What is told under a key, whenever that is; the signal handler's thread ends a wait that has become vain."""
     while (word := heard(key)) is None:

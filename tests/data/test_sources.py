@@ -215,13 +215,13 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "x.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
-    with pytest.raises(DataError, match=r"llava_jax\[parquet\]"):
+    with pytest.raises(DataError, match=r"pip install -e .\.\[parquet\]"):
         _open(str(tmp_path / "x.parquet"))
 
 
 def test_without_tfds_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DataError, match=r"llava_jax\[tfds\]"):
+    with pytest.raises(DataError, match=r"pip install -e .\.\[tfds\]"):
         _open(Tfds(folder="none", split="train"))
 
 

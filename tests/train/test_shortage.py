@@ -12,7 +12,10 @@ from tests.train.runs import EVERY, arrays, assert_same_bits, finish, saved_step
 
 def _assert_one_line(result, workdir: Path) -> None:
     assert result.returncode == 74, result.stderr
-    assert "Traceback" not in result.stderr
+    *before, last = result.stderr.strip().splitlines()
+    assert last.startswith("llava-jax: ")
+    # TensorStore prints traces of its own when Orbax no longer waits for what it could not write.
+    assert not any("llava_jax" in line for line in before)
     lines = [line for line in result.stderr.splitlines() if line.startswith("llava-jax: ")]
     assert len(lines) == 1, result.stderr
     assert "Free space" in lines[0]
