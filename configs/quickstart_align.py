@@ -27,10 +27,10 @@ def get_config() -> TrainConfig:
             tokenizer=f"{RUNS}/data/tokenizer",
             rows=Conversations(template=PLAIN, length=288, tiles=4, image_mode="square"),
             batch_rows=8,
-            steps=400,
+            steps=100,
         ),
         optim=OptimConfig(learning_rate=2e-3),
         compute_dtype="float32",
-        seed=0,
+        seed=1,
         checkpoint_every=50,
     )

@@ -33,6 +33,6 @@ def get_config() -> TrainConfig:
         ),
         optim=OptimConfig(learning_rate=2e-3, b2=0.95),
         compute_dtype="float32",
-        seed=0,
+        seed=1,
         checkpoint_every=100,
     )

@@ -40,7 +40,7 @@ from llava_jax.train.mirror import make_folder
 EVAL_BATCH = 256
 STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "questions"}
 # Questions that the decoder learns to read on, and those that are asked of pictures in stage 2.
-NUM_READING = 54_000
+NUM_READING = 36_000
 NUM_QUESTIONS = 14_500
 
 
