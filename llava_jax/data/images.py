@@ -33,6 +33,9 @@ def open_image(source: str | Path | bytes) -> Image.Image:
       Refused: the file is missing, no picture of a known format, or larger than the limits.
     """
     path = "the picture in the record" if isinstance(source, bytes) else source
+    if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
+        # A pipe would be waited for without end.
+        raise Refused("unreadable picture", f"{path} is no file")
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except FileNotFoundError:

@@ -110,7 +110,7 @@ def stream(
     finished = [False]
     for chunk in _decode(model, processor, [prompt], sampling, [seed], finished, chunk=1):
         ids += chunk[0]
-        text = _cut(processor.tokenizer.decode(ids), words)[0]
+        text = _cut(processor.tokenizer.decode(ids), words)[0].strip()
         # Bytes of an unfinished letter decode to a replacement mark, and a stop string may be on its way.
         held = max((k for stop in words for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
         ready = text[: len(text) - held]
@@ -118,9 +118,8 @@ def stream(
             yield ready[len(shown) :]
             shown = ready
     answer = _answer(processor, prompt, ids, sampling, finished[0])
-    whole = _cut(processor.tokenizer.decode(ids), words)[0].rstrip()
-    if whole.startswith(shown) and len(whole) > len(shown):
-        yield whole[len(shown) :]
+    if answer.text.startswith(shown) and len(answer.text) > len(shown):
+        yield answer.text[len(shown) :]
     yield answer
 
 

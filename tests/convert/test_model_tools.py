@@ -222,6 +222,16 @@ def test_an_adapter_that_does_not_fit_is_refused_by_key(
         _open(tmp_path / "m", folders / "base")
 
 
+def test_whole_numbers_are_no_factors(folders: Path, tmp_path: Path):
+    pair = _adapter(tmp_path / "m", name=Q.format, config={})
+    save_file(
+        {Q.format(side): value.astype(np.int8) for side, value in pair.items()},
+        tmp_path / "m" / "adapter_model.safetensors",
+    )
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_[AB]\.weight \(int8\) is no factor of a matrix"):
+        _open(tmp_path / "m", folders / "base")
+
+
 def test_an_adapter_without_a_base_names_the_one_it_wants(folders: Path, tmp_path: Path):
     _adapter(tmp_path / "m", name=ERAS["saved"].format, config={}, base_model_name_or_path="lmsys/vicuna-7b-v1.5")
     with pytest.raises(CheckpointError, match=r"adapter of 'lmsys/vicuna-7b-v1\.5'.*as --base"):

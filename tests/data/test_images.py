@@ -225,8 +225,10 @@ def test_what_is_no_picture_of_ours_is_unreadable(tmp_path: Path, data: bytes):
     assert "picture.jpg" in refusal.value.detail
 
 
-def test_a_missing_picture_and_a_folder_have_their_reasons(tmp_path: Path):
-    for path, reason in ((tmp_path / "none.png", "missing picture"), (tmp_path, "unreadable picture")):
+def test_a_missing_picture_a_folder_and_a_pipe_have_their_reasons(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    reasons = {"none.png": "missing picture", "": "unreadable picture", "pipe.png": "unreadable picture"}
+    for path, reason in ((tmp_path / name, reason) for name, reason in reasons.items()):
         with pytest.raises(Refused) as refusal:
             open_image(path)
         assert refusal.value.reason == reason
