@@ -7,7 +7,7 @@ what the decoder would have read.
 """
 
 from llava_jax.data.rows import Conversations
-from llava_jax.data.templates import PLAIN
+from llava_jax.data.templates import MISTRAL
 from llava_jax.sizes import QUICKSTART_LLAVA
 from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token
@@ -25,12 +25,12 @@ def get_config() -> TrainConfig:
             records=f"{RUNS}/data/captions.json",
             image_root=f"{RUNS}/data/pictures",
             tokenizer=f"{RUNS}/data/tokenizer",
-            rows=Conversations(template=PLAIN, length=288, tiles=4, image_mode="square"),
+            rows=Conversations(template=MISTRAL, length=352, tiles=4, image_mode="square"),
             batch_rows=8,
             steps=100,
         ),
         optim=OptimConfig(learning_rate=2e-3),
         compute_dtype="float32",
-        seed=1,
+        seed=0,
         checkpoint_every=50,
     )

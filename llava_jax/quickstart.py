@@ -25,7 +25,7 @@ from llava_jax.data.easy_vqa import (
 )
 from llava_jax.data.records import Turn
 from llava_jax.data.small_tokenizer import train_tokenizer
-from llava_jax.data.templates import V1
+from llava_jax.data.templates import MISTRAL
 from llava_jax.drawing import draw_answers, draw_losses
 from llava_jax.errors import UserError
 from llava_jax.inference.generate import Sampling, generate
@@ -40,8 +40,8 @@ from llava_jax.train.mirror import make_folder
 EVAL_BATCH = 256
 STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "questions"}
 # Questions that the decoder learns to read on, and those that are asked of pictures in stage 2.
-NUM_READING = 36_000
-NUM_QUESTIONS = 14_500
+NUM_READING = 56_000
+NUM_QUESTIONS = 18_000
 
 
 def quickstart(workdir: str, *, seed: int) -> None:
@@ -101,7 +101,7 @@ def _write_data(data: Path, *, seed: int) -> None:
     texts = reading_records("train", count=NUM_READING, seed=seed)
     for name, records in {"captions": captions, "texts": texts, "questions": asked}.items():
         (data / f"{name}.json").write_text(json.dumps(records, indent=1))
-    words = [" ".join(span.text for span in V1.render([Turn("user", "?"), Turn("assistant", "!")]))]
+    words = [" ".join(span.text for span in MISTRAL.render([Turn("user", "?"), Turn("assistant", "!")]))]
     words += [f" {turn['value']}" for record in captions + texts for turn in record["conversations"]]
     train_tokenizer(words, data / "tokenizer", vocab_size=QUICKSTART_VOCABULARY)
 

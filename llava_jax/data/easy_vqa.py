@@ -86,6 +86,10 @@ def make_caption(asked: Iterable[Question]) -> str:
 
 # What a caption answers; in no question of the set.
 CAPTION_QUESTION = "what does the image show?"
+# Of the questions of the reading stage.
+CAPTION_SHARE = 0.1
+# That stand in the place of a picture.
+MOST_WORDS = 24
 
 
 def caption_records(split: Literal["train", "test"]) -> list[dict]:
@@ -99,9 +103,13 @@ def caption_records(split: Literal["train", "test"]) -> list[dict]:
 
 
 def reading_records(split: Literal["train", "test"], *, count: int, seed: int) -> list[dict]:
-    """Text alone, one question a record, with a caption in the picture's place, from easy to hard.
+    """Text alone, one question a record, with a caption's words in the picture's place, from easy to hard.
 
-    Negations only come in, bit by bit, in the second and the last third.
+    The words come in any number and order, as patches show them: what reads them cannot go by their places. One question
+    in ten asks for the caption, as stage 1 will. Negations only come in, bit by bit, in the second and the last third.
+
+    Example:
+        blue circle circle a blue    "is there a red shape?" no    "what does the image show?" a blue circle
     """
     rng = random.Random(seed)
     known = _facts(_described(split))
@@ -109,8 +117,14 @@ def reading_records(split: Literal["train", "test"], *, count: int, seed: int) -
     records = []
     for number in range(count):
         caption = rng.choice(captions)
+        words = caption.split()
+        words += rng.choices(words, k=rng.randint(4, MOST_WORDS) - len(words))
+        rng.shuffle(words)
         negations = 0.5 * min(1.0, max(0.0, 3 * number / count - 1))
-        records.append({"id": number, "conversations": _turns(caption, [_choose(rng, known[caption], negations)])})
+        question = Question(CAPTION_QUESTION, caption, picture=-1)
+        if rng.random() >= CAPTION_SHARE:
+            question = _choose(rng, known[caption], negations)
+        records.append({"id": number, "conversations": _turns(" ".join(words), [question])})
     return records
 
 

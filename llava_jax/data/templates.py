@@ -181,6 +181,7 @@ def _chatml(name: str, system: str, marks: str = "<|im_start|>{}\n", end: str = 
 
 
 V1 = _vicuna("v1", _USER + _POLITE.format(who="user"))
+MISTRAL = _instruct("mistral_instruct", "", "")
 PLAIN = Template(name="plain", system="", roles=("", ""), ends=("\n", "\n"), style=lines, lesson=caption)
 
 TEMPLATES = {
@@ -201,8 +202,8 @@ TEMPLATES = {
         _instruct("llava_llama_2", _VISION),
         _instruct("llava_llama_2_simple", _SIMPLE),
         _instruct("llava_llama_2_mmtag", _SIMPLE + _FORMAT, picture=_TAGGED),
-        _instruct("mistral_instruct", "", ""),
-        _instruct("llava_mistral_instruct", "", ""),
+        MISTRAL,
+        dataclasses.replace(MISTRAL, name="llava_mistral_instruct"),
         _chatml("mpt", _MPT),
         _chatml("chatml_direct", "Answer the questions."),
         _chatml("mistral_direct", "Answer the questions."),
