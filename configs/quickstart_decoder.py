@@ -2,8 +2,8 @@ r"""Quickstart, before stage 1: teach the decoder to read, as Vicuna can, on tex
 
     llava-jax train --config configs/quickstart_decoder.py --workdir runs/quickstart/decoder
 
-A caption's words stand in the picture's place, in any number and order. A decoder that starts stage 2 from nothing learns colours and shapes, but not
-to hold a word of the question against the picture, so that yes or no stays a guess.
+A caption's words stand in the picture's place, in any number and order. A decoder that starts stage 2 from nothing
+learns colours and shapes, but not to hold a word of the question against the picture, so that yes or no stays a guess.
 """
 
 from llava_jax.data.rows import Conversations

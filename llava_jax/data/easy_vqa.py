@@ -105,8 +105,8 @@ def caption_records(split: Literal["train", "test"]) -> list[dict]:
 def reading_records(split: Literal["train", "test"], *, count: int, seed: int) -> list[dict]:
     """Text alone, one question a record, with a caption's words in the picture's place, from easy to hard.
 
-    The words come in any number and order, as patches show them: what reads them cannot go by their places. One question
-    in ten asks for the caption, as stage 1 will. Negations only come in, bit by bit, in the second and the last third.
+    The words come in any number and order, as patches show them: what reads them cannot go by their places. One
+    question in ten asks for the caption, as stage 1 will. Negations come in bit by bit from the second third on.
 
     Example:
         blue circle circle a blue    "is there a red shape?" no    "what does the image show?" a blue circle
