@@ -1,6 +1,7 @@
 """The command line: one function per command; heavy imports happen inside them, so that --help is quick."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -267,6 +268,11 @@ def _chat(arguments: argparse.Namespace) -> None:
         raise UserError("chat needs a conversation template; got --conv raw. Use generate for raw prompts.")
     sampling = _sampling(arguments)
     model, processor, images = _open(arguments)
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            # Gives `input` a line that can be edited, and the earlier ones.
+            import readline  # noqa: F401
+        print("/reset starts anew, /exit or Ctrl-D ends.", file=sys.stderr)
     turns: list[Turn] = []
     while True:
         try:
