@@ -168,6 +168,10 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
         "code": memory.generated_code_size_in_bytes,
     }
     total = sum(parts.values()) - 2 * parts["aliased"]
+    if job.config.stacked:
+        # A save takes the layers of what is trained apart (`saved_trees`), while no step runs.
+        parts["saving"] = shard_bytes((job.layout.disk[0], job.layout.disk[2]))
+        total = max(total, arguments + parts["saving"])
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
     collectives = read_collectives(text, dict(job.layout.mesh.shape))
     # The compiler has let pass what, all parts added, is half a GiB more than a chip has.

@@ -22,7 +22,6 @@ from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.lora import A, B, LoraConfig, is_adapter, merged
-from llava_jax.models.parameters import Parameters
 from llava_jax.models.quantized import ABSMAX, CODES, dequantize, is_quantized, kernel_shape
 
 # In a folder or in a bucket.
@@ -182,10 +181,13 @@ def _whole(codes: Tensor, absmax: Tensor) -> np.ndarray:
     return np.asarray(dequantize(jnp.asarray(codes.view()), jnp.asarray(absmax.view()), jnp.float32))
 
 
-def restore_tree(path: AnyPath, target: Any) -> Parameters:
-    """A saved dictionary in the shapes, dtypes and shardings of `target`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
+def restore_tree(path: AnyPath, target: Any) -> Any:
+    """A saved tree in the shapes, dtypes and shardings of `target`.
+
+    Unlike a checkpointer's, this waits for no other process in the end: one whose share is damaged never gets there.
+    """
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.restore(epath.Path(path), args=ocp.args.StandardRestore(target))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from llava_jax.errors import DataError, Refused
 # Raise when the meaning of a cached index changes.
 INDEX_VERSION = 3
 
+# Records that may be replaced in any run.
+FEW = 20
 # Byte ranges of records in a cached index, by part.
 SPANS = "spans_"
 
@@ -50,11 +52,21 @@ class Index:
         return dict(collections.Counter(detail.partition(":")[0] for detail in self.refused.values()))
 
 
-def load_index(records: Choice, rows: RowFormat, needs: Needs, cache: Path, *, num_workers: int | None = None) -> Index:
+def load_index(
+    records: Choice,
+    rows: RowFormat,
+    needs: Needs,
+    cache: Path,
+    *,
+    look_again: bool = True,
+    num_workers: int | None = None,
+) -> Index:
     """The index of a run's records, from `cache` if nothing that decides it has changed, else measured.
 
-    A picture that changes on disk is not noticed until it is read: only names and headers are read here. It is the
-    same for any number of measuring processes; None takes as many as there are CPUs, once there is enough to do.
+    A picture that changes on disk is not noticed until it is read: only names and headers are read here. Records that
+    the cached index refuses are looked at once more, as their pictures may have been mended, if `look_again`: a run
+    that goes on must keep the plan it has. The index is the same for any number of measuring processes; None takes as
+    many as there are CPUs, once there is enough to do.
     """
     mix = as_mix(records)
     fingerprint = _fingerprint(mix, rows, needs)
@@ -62,8 +74,8 @@ def load_index(records: Choice, rows: RowFormat, needs: Needs, cache: Path, *, n
     if stored.is_file():
         try:
             index = _read(stored, mix, fingerprint, as_written=rows.as_written)
-            # Refused records are looked at again: their pictures may have been mended, and they are few.
-            if all(_size(index.records, rows, needs, i)[1] == detail for i, detail in index.refused.items()):
+            refused = index.refused.items() if look_again else ()
+            if all(_size(index.records, rows, needs, i)[1] == detail for i, detail in refused):
                 return index
         except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
             # A cache is only a cache: whatever is wrong with it, measuring again mends it.
@@ -82,6 +94,16 @@ def check_refusals(index: Index, max_refused: float) -> None:
             f"At most {max_refused:.1%} of the records may be refused; {num_refused} of {num_records} were in "
             f"{index.records.path} ({index.counts()}; first: {index.records.describe(first)}, {detail}). "
             "Mend the data, or raise data.max_refused."
+        )
+
+
+def check_replaced(num_replaced: int, num_read: int, max_refused: float) -> None:
+    """Raises `DataError` if more than that share of what a run read, and more than a few, could not be read."""
+    if num_replaced > max(FEW, max_refused * num_read):
+        raise DataError(
+            f"At most {max_refused:.1%} of the records may be replaced by others because they cannot be read; "
+            f"{num_replaced} of {num_read} were. Look for a folder of pictures that has gone, or raise "
+            "data.max_refused."
         )
 
 

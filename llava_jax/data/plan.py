@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from llava_jax.data.index import Index
 from llava_jax.data.rows import Size
+from llava_jax.errors import DataError
 
 # Rows that stay open while packing; more fill rows better and cost planning time.
 OPEN_ROWS = 128
@@ -45,6 +46,11 @@ class Plan:
     def row(self, number: int) -> Int[np.ndarray, " k"]:
         """Numbers of the records in a row."""
         return self.records[self.starts[number] : self.starts[number + 1]]
+
+    def num_records(self, first_step: int, step: int) -> int:
+        """How many records the steps from `first_step` to before `step` hold."""
+        first, last = (self.starts[number * self.rows_per_step] for number in (first_step, step))
+        return int(last - first)
 
     def fingerprint(self) -> str:
         """Says whether two runs read the same records in the same rows."""
@@ -88,6 +94,11 @@ def make_plan(
     epoch = 0
     while epoch != epochs and (steps is None or len(groups) < steps):
         order = next(orders)
+        if not len(order):
+            raise DataError(
+                f"An epoch must draw records; epoch {epoch} of {index.records.path} draws none. "
+                "Raise the weights of the mix."
+            )
         if batch_records is not None:
             parts = [order[i : i + batch_records] for i in range(0, len(order), batch_records)]
             groups += [pack(part, index, capacity) for part in parts]

@@ -1,7 +1,7 @@
 """Parameters as one flat dictionary, dotted path to array: what is trained, sharded, saved and converted."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,19 +34,22 @@ def bind(graphdef: nnx.GraphDef, values: Mapping[str, Any]) -> Any:
     return nnx.merge(graphdef, nnx.from_flat_state([(_path(name), nnx.Param(v)) for name, v in values.items()]))
 
 
+def layer_runs(names: Iterable[str]) -> dict[str, list[str]]:
+    """What each stacked name stands for, in the order of the layers; a name outside of layers stands for itself."""
+    runs: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        match = _LAYER.fullmatch(name)
+        stacked, index = (f"{match['run']}.{match['rest']}", int(match["index"])) if match else (name, 0)
+        runs.setdefault(stacked, []).append((index, name))
+    return {stacked: [name for _, name in sorted(members)] for stacked, members in runs.items()}
+
+
 def stack_layers(values: Mapping[str, Array]) -> Parameters:
     """Joins `layers.0.x, layers.1.x, ...` into `layers.x` with a leading layer axis, for `lax.scan`."""
-    runs: dict[str, dict[int, Array]] = {}
-    stacked: Parameters = {}
-    for name, value in values.items():
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            stacked[name] = value
-        else:
-            runs.setdefault(f"{match['run']}.{match['rest']}", {})[int(match["index"])] = value
-    for name, by_index in runs.items():
-        stacked[name] = jnp.stack([by_index[i] for i in range(len(by_index))])
-    return stacked
+    return {
+        stacked: values[stacked] if names == [stacked] else jnp.stack([values[name] for name in names])
+        for stacked, names in layer_runs(values).items()
+    }
 
 
 def unstack_layers(values: Mapping[str, Array]) -> Parameters:

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a workdir: what never changes once, what is trained at every saved step."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from llava_jax.models.parameters import Parameters
 from llava_jax.train import processes
 from llava_jax.train.mirror import is_remote
 
+# Seconds that a save may take behind the loop's back.
+PATIENCE = 24 * 3600
 # Where damaged steps are put aside; nothing reads them again.
 DAMAGED = "damaged"
 
@@ -57,6 +60,8 @@ class Checkpoints:
                 create=True,
                 # What a killed run left half written would stay for ever.
                 cleanup_tmp_directories=True,
+                # As long as it takes: a slow disk needs longer than Orbax grants, and would at the next start too.
+                async_options=ocp.AsyncOptions(timeout_secs=PATIENCE),
             ),
         )
 
@@ -106,33 +111,34 @@ class Checkpoints:
 
     def position(self, step: int) -> dict[str, Any]:
         """What was saved of the data's position and the run's identity; raises `Damaged`."""
-        what = f"step {step} of {self.steps_path}"
-        with named_errors(f"{what} could not be read", "", Damaged):
-            args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            position = self._manager.restore(step, args=args)["position"]
-        if digest(position) != read_record(self.steps_path / str(step))["position"]:
-            raise Damaged(f"{what} is damaged: its position differs from what was saved.")
+        folder = self.steps_path / str(step)
+        with named_errors(f"{self._what(step)} could not be read", "", Damaged):
+            position = json.loads((folder / "position" / "metadata").read_text())
+        if digest(position) != read_record(folder)["position"]:
+            raise Damaged(f"{self._what(step)} is damaged: its position differs from what was saved.")
         return position
 
     def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[Parameters, Any]:
         """Trained parameters and optimizer state, in the shapes, dtypes and shardings of the arguments.
 
+        Each process reads its share and waits for nobody; `check` what came of it.
+
         Raises:
-          Damaged: something of the step is not what was saved.
+          Damaged: something of the step cannot be read.
         """
-        what = f"step {step} of {self.steps_path}"
+        folder = self.steps_path / str(step)
+        with named_errors(f"{self._what(step)} could not be read", "", Damaged):
+            return restore_tree(folder / "params", trainable), restore_tree(folder / "optimizer", opt_state)
+
+    def check(self, step: int, trainable: Parameters, opt_state: Any) -> None:
+        """Raises `Damaged` unless these are what was saved; computed by all processes together."""
         record = read_record(self.steps_path / str(step))
-        with named_errors(f"{what} could not be read", "", Damaged):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(trainable), optimizer=ocp.args.StandardRestore(opt_state)
-                ),
-            )
-        for item in ("params", "optimizer"):
-            compare(fingerprints(restored[item]), record[item], f"the {item} of {what}")
+        for item, values in (("params", trainable), ("optimizer", opt_state)):
+            compare(fingerprints(values), record[item], f"the {item} of {self._what(step)}")
         self._frozen = record["frozen"]
-        return restored["params"], restored["optimizer"]
+
+    def _what(self, step: int) -> str:
+        return f"step {step} of {self.steps_path}"
 
     def put_aside(self, step: int) -> None:
         """Moves a damaged step out of the way of its repetition."""
@@ -161,7 +167,8 @@ class Checkpoints:
             target = {n: jax.ShapeDtypeStruct(v.shape, saved[n].dtype, sharding=v.sharding) for n, v in frozen.items()}
             values = restore_tree(self.frozen_path, target)
         compare_frozen(fingerprints(values), self._frozen, self.frozen_path)
-        return {name: value.astype(frozen[name].dtype) for name, value in values.items()}
+        # One after the other: there is no room for all of them in both dtypes.
+        return {name: values.pop(name).astype(frozen[name].dtype) for name in list(values)}
 
     def close(self) -> None:
         # A save that failed behind the loop's back is reported here too.

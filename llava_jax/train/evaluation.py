@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from llava_jax.data.index import check_refusals, load_index
 from llava_jax.data.pipeline import RowReader, read_batches
@@ -19,6 +21,7 @@ from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.sharding import process_places, to_devices
 from llava_jax.train.step import TALLIED, cast, make_context
+from llava_jax.train.stop import Stop
 
 
 class HeldOut:
@@ -35,7 +38,10 @@ class HeldOut:
     ):
         assert config.life.eval_records is not None
         with processes.first_before_others("eval_index"):
-            index = load_index(config.life.eval_records, config.data.rows, needs, Path(workdir, "cache"))
+            cache = Path(workdir, "cache")
+            index = load_index(
+                config.life.eval_records, config.data.rows, needs, cache, look_again=processes.is_first()
+            )
         check_refusals(index, config.data.max_refused)
         rows = rows_per_step // config.accumulation
         plan = make_plan(
@@ -49,6 +55,7 @@ class HeldOut:
             steps=None,
             rows_multiple=rows,
         )
+        processes.check_same("eval_plan", plan.fingerprint(), "held-out records")
         self._mesh, self._num_rows, self._places = mesh, rows, process_places(mesh, rows)
         self._reader = RowReader(
             index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=0, places=self._places
@@ -60,23 +67,34 @@ class HeldOut:
 
         context = make_context(config, mesh)
 
-        def sums(trainable: Parameters, frozen: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
+        def sums(
+            trainable: Parameters, frozen: Parameters, batch: dict[str, Array], votes: Int[Array, " devices"]
+        ) -> tuple[Array, Array, Array]:
             model = bind(graphdef, cast(trainable, config.compute_dtype) | cast(frozen, config.compute_dtype))
             found = config.objective(model, batch, context)
-            return found.loss, found.weight
+            return found.loss, found.weight, votes.sum()
 
         self._sums = jax.jit(sums)
 
-    def loss(self, trainable: Parameters, frozen: Parameters) -> float:
-        """The sum of losses over the sum of weights, over all records."""
-        totals = []
+    def loss(self, trainable: Parameters, frozen: Parameters, stop: Stop, *, beat: Callable[[], None]) -> float | None:
+        """The sum of losses over the sum of weights, over all records; None if the run is asked to stop meanwhile."""
+        loss = weight = 0.0
+        pending = None
         with contextlib.closing(read_batches(self._reader, num_workers=0)) as batches:
-            for batch in batches:
-                arrays = to_devices(batch, self._mesh, self._places, self._num_rows)
-                rows = {name: value for name, value in arrays.items() if name not in TALLIED}
-                totals.append(self._sums(trainable, frozen, rows))
-        losses, weights = zip(*jax.device_get(totals), strict=True)
-        return float(sum(losses) / max(sum(weights), 1.0))
+            # One batch is always under way while the numbers of the one before it are fetched.
+            for batch in itertools.chain(batches, (None,)):
+                found = pending
+                if batch is not None:
+                    arrays = to_devices(batch, self._mesh, self._places, self._num_rows)
+                    rows = {name: value for name, value in arrays.items() if name not in TALLIED}
+                    pending = self._sums(trainable, frozen, rows, stop.votes(self._mesh))
+                if found is not None:
+                    more, counted, votes = jax.device_get(found)
+                    loss, weight = loss + float(more), weight + float(counted)
+                    beat()
+                    if stop.is_agreed(float(votes)):
+                        return None
+        return loss / max(weight, 1.0)
 
 
 def check_evaluation(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Which run a workdir belongs to: written when it begins, compared when it goes on."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from llava_jax.errors import CheckpointError
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig, flatten
 
+# Where things lie.
+PLACES = ("data.image_root", "data.records", "data.tokenizer")
 # Fields that may differ between the start of a run and its continuation: they change no number of it.
 MAY_CHANGE = (
     "init.",
@@ -24,9 +27,7 @@ MAY_CHANGE = (
     "log_every",
     "life.",
     "data.workers",
-    "data.image_root",
-    "data.records",
-    "data.tokenizer",
+    *PLACES,
 )
 
 
@@ -46,6 +47,12 @@ def describe(config: TrainConfig, workdir: str) -> None:
     temporary = Path(workdir, "config.json.tmp")
     temporary.write_text(json.dumps(flatten(config), indent=2) + "\n")
     os.replace(temporary, Path(workdir, "config.json"))
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Of all that the processes of a run must have in common; where a host keeps its files is its own affair."""
+    leaves = {name: value for name, value in flatten(config).items() if not name.startswith(("init.", *PLACES))}
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from llava_jax.data.images import check_mode
-from llava_jax.data.index import Index, check_refusals, load_index
+from llava_jax.data.index import Index, check_refusals, check_replaced, load_index
 from llava_jax.data.pipeline import RowReader, read_batches
 from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.rows import Needs
@@ -19,7 +19,7 @@ from llava_jax.train.evaluation import HeldOut, check_evaluation
 from llava_jax.train.flops import seconds_at_peak
 from llava_jax.train.forecast import save_forecast
 from llava_jax.train.goodput import Clock
-from llava_jax.train.identity import check_same_run, describe
+from llava_jax.train.identity import check_same_run, config_hash, describe
 from llava_jax.train.lock import only_run
 from llava_jax.train.metrics import Report
 from llava_jax.train.mirror import Mirror, mirrored
@@ -63,14 +63,17 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
     needs = data_needs(config)
     with processes.first_before_others("index"):
         mirror.fetch()
-        index = load_index(config.data.records, config.data.rows, needs, Path(workdir, "cache"))
+        look_again = processes.is_first() and not saved.steps()
+        index = load_index(config.data.records, config.data.rows, needs, Path(workdir, "cache"), look_again=look_again)
         mirror.carry()
     check_refusals(index, config.data.max_refused)
     plan = plan_data(config, index, rows_multiple=num_batch_shards(mesh) * config.accumulation)
+    position = {"plan": plan.fingerprint(), "data": index.fingerprint}
+    processes.check_same("plan", f"{position['plan']}/{plan.rows_per_step}", "records, pictures and tokenizer")
+    processes.check_same("config", config_hash(config), "config and --set values")
     record.num_steps = plan.num_steps
     optimizer = make_optimizer(config.optim, plan.num_steps)
     layout = Layout(config, optimizer, mesh)
-    position = {"plan": plan.fingerprint(), "data": index.fingerprint}
 
     state = resumed_state(layout, saved, check=functools.partial(check_same_run, config, workdir, position))
     if state is None:
@@ -92,7 +95,8 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
     if config.life.eval_every is not None:
         held_out = HeldOut(config, needs, workdir, mesh, rows_per_step=plan.rows_per_step)
     clock.lap("start")
-    report = Report(config, workdir, name, clock, first_step=state.step, num_steps=plan.num_steps)
+    first_step = state.step
+    report = Report(config, mirror, name, clock, first_step=first_step, num_steps=plan.num_steps)
     compiled = None
     with (
         contextlib.closing(report),
@@ -100,19 +104,22 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
         Watchdog(config.life.stall_seconds, workdir, stop.end_process) as watchdog,
         contextlib.closing(read_batches(reader, num_workers=config.data.workers)) as batches,
     ):
+        watchdog.beat()
         for batch in batches:
             clock.lap("data")
             arrays = to_devices(batch, mesh, places, plan.rows_per_step)
             arguments = (state.trainable, state.frozen, state.opt_state, arrays, stop.votes(mesh))
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
-                compiled = jit_step(layout, optimizer).lower(*arguments).compile()
-                report.seconds_at_peak = seconds_at_peak(layout, arrays)
-                stop.start_stepping()
+                with watchdog.paused():
+                    compiled = jit_step(layout, optimizer).lower(*arguments).compile()
+                    report.seconds_at_peak = seconds_at_peak(layout, arrays)
+                    stop.start_stepping()
                 clock.lap("start")
             profiler.before(state.step)
             state.trainable, state.opt_state, metrics = compiled(*arguments)
             report.add(state.step, metrics)
+            check_replaced(report.num_replaced, plan.num_records(first_step, state.step), config.data.max_refused)
             profiler.after(state.step)
             state.step += 1
             watchdog.beat()
@@ -123,13 +130,15 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
             if state.step % config.checkpoint_every == 0 or is_last or stopping:
                 eval_loss, every = None, config.life.eval_every
                 if held_out is not None and every and not stopping and (is_last or state.step % every == 0):
-                    eval_loss = held_out.loss(state.trainable, state.frozen)
+                    eval_loss = held_out.loss(state.trainable, state.frozen, stop, beat=watchdog.beat)
                     clock.lap("eval")
                 report.flush(**({} if eval_loss is None else {"eval_loss": eval_loss}))
                 trainable, opt_state = saved_trees(layout, state)
                 # Before the step itself becomes visible: a saved step has the metrics of all steps before it.
                 mirror.carry()
                 saved.save(state.step, trainable, opt_state, position, eval_loss=eval_loss)
+                # Copies, where layers are stacked in memory: the next steps need their room.
+                del trainable, opt_state
                 record.step = state.step
                 watchdog.beat()
                 clock.lap("save")

@@ -1,9 +1,9 @@
 """What a run tells: a line per step in JSONL, curves in TensorBoard, progress on the terminal."""
 
-import hashlib
 import importlib
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -16,15 +16,17 @@ from llava_jax.errors import CheckpointError, NumericsError, UserError
 from llava_jax.train import processes
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.goodput import Clock
+from llava_jax.train.mirror import Mirror
 from llava_jax.train.optim import make_schedule
 
+WANDB_ID = "wandb_id"
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
     """Appends each step's numbers; on resume forgets what lies past the step that was restored."""
 
-    def __init__(self, workdir: str, *, first_step: int, wandb_project: str | None = None):
+    def __init__(self, workdir: str, *, first_step: int, wandb_project: str | None = None, run_name: str = ""):
         path = Path(workdir) / METRICS_FILE
         kept = _lines_before(path, first_step)
         temporary = path.with_suffix(".tmp")
@@ -33,7 +35,7 @@ class MetricsLog:
         self._file = path.open("a", buffering=1)
         self._boards: list[_Board | _Wandb] = [_Board(Path(workdir) / "tensorboard", first_step=first_step)]
         if wandb_project is not None:
-            self._boards.append(_Wandb(wandb_project, Path(workdir)))
+            self._boards.append(_Wandb(wandb_project, Path(workdir), run_name))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records a step, counted from 0."""
@@ -73,7 +75,7 @@ class _Board:
 class _Wandb:
     """Weights & Biases, for those who ask for it; a resumed workdir goes on in its old run."""
 
-    def __init__(self, project: str, workdir: Path):
+    def __init__(self, project: str, workdir: Path, run_name: str):
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
@@ -81,9 +83,11 @@ class _Wandb:
                 f"life.wandb_project={project!r} needs Weights & Biases. Run pip install -e '.[wandb]', or set it "
                 "to none."
             ) from None
-        name = workdir.absolute()
-        identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]
-        self._run: Any = wandb.init(project=project, dir=workdir, name=name.name, id=identity, resume="allow")
+        # Of the run, not of the path: containers give many workdirs the same one.
+        known = workdir / WANDB_ID
+        if not known.is_file():
+            known.write_text(secrets.token_hex(8))
+        self._run: Any = wandb.init(project=project, dir=workdir, name=run_name, id=known.read_text(), resume="allow")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -145,12 +149,17 @@ class Progress:
 class Report:
     """Fetches a step's numbers when the next one is already running, so that the device never waits for us."""
 
-    def __init__(self, config: TrainConfig, workdir: str, name: str, clock: Clock, *, first_step: int, num_steps: int):
+    def __init__(
+        self, config: TrainConfig, mirror: Mirror, name: str, clock: Clock, *, first_step: int, num_steps: int
+    ):
         self._factor = make_schedule(config.optim, num_steps)
         self._log_every = config.log_every
         is_first = processes.is_first()
         project = config.life.wandb_project
-        self._log = MetricsLog(workdir, first_step=first_step, wandb_project=project) if is_first else None
+        run_name = Path(mirror.workdir).name
+        self._log = None
+        if is_first:
+            self._log = MetricsLog(mirror.folder, first_step=first_step, wandb_project=project, run_name=run_name)
         self._progress = Progress(first_step=first_step, num_steps=num_steps, name=name) if is_first else None
         self._clock = clock
         self._pending: tuple[int, dict[str, jax.Array]] | None = None

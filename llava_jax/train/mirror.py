@@ -13,7 +13,7 @@ from llava_jax.errors import CheckpointError, UserError
 
 BUCKET = "gs://"
 # What a continued run reads; the rest is written anew, or by Orbax.
-READ_BACK = ("config.json", "metrics.jsonl", "cache")
+READ_BACK = ("config.json", "metrics.jsonl", "wandb_id", "cache")
 
 
 class Mirror:

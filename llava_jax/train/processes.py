@@ -137,12 +137,22 @@ def heard_all(name: str) -> list[str]:
 
 def all_agree(name: str, ok: bool) -> bool:
     """Whether every process says that it is; each asks, and all get the same answer."""
+    return all(map(json.loads, _all_words(name, json.dumps(ok))))
+
+
+def check_same(name: str, word: str, what: str) -> None:
+    """Raises `UserError` unless every process has the same word: what follows from it must not differ."""
+    if len(set(_all_words(name, word))) > 1:
+        raise UserError(f"All processes of a run must have the same {what}; they differ. Give each the same.")
+
+
+def _all_words(name: str, word: str) -> list[str]:
     if not are_several():
-        return ok
-    tell(f"{name}/{index()}", json.dumps(ok))
+        return [word]
+    tell(f"{name}/{index()}", word)
     while len(words := heard_all(name)) < count():
         time.sleep(pause())
-    return all(map(json.loads, words))
+    return words
 
 
 def try_for_a_while(action: Callable[[], None]) -> None:

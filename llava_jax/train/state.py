@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -17,7 +18,7 @@ from llava_jax.convert.integrity import Damaged
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import DROPOUT, initial_factor, is_adapter
-from llava_jax.models.parameters import Parameters, part, stack_layers, unstack_layers
+from llava_jax.models.parameters import Parameters, layer_runs, part, stack_layers, unstack_layers
 from llava_jax.models.quantized import is_quantized
 from llava_jax.train import processes
 from llava_jax.train.checkpoint import Checkpoints
@@ -141,8 +142,16 @@ def resumed_state(layout: Layout, checkpoints: Checkpoints, check: Callable[[Map
             restored = checkpoints.restore(step, layout.disk[0], layout.disk[2])
         except Damaged as error:
             reasons.append(error)
-        if processes.all_agree(f"restored/{step}", restored is not None) and restored is not None:
-            break
+        # What follows is computed by all together, who wait for each other in it: each must have read its share.
+        if processes.all_agree(f"read/{step}", restored is not None) and restored is not None:
+            try:
+                checkpoints.check(step, *restored)
+                is_good = True
+            except Damaged as error:
+                reasons.append(error)
+                is_good = False
+            if processes.all_agree(f"restored/{step}", is_good):
+                break
         damaged.append(step)
     else:
         if damaged:
@@ -182,10 +191,26 @@ def _is_dict(node: Any) -> bool:
 
 
 def _to_memory(layout: Layout, trees: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same as it lies in memory; stacked layers take the place of those apart, one name after the other."""
     if not layout.config.stacked:
         return trees
-    targets = layout.memory[: len(trees)]
-    return jax.jit(lambda trees: tuple(map(stacked_tree, trees)), out_shardings=_shardings(targets))(trees)
+
+    def move(node: Any, targets: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        moved: Parameters = {}
+        for stacked, names in layer_runs(list(node)).items():
+            # The last ones to hold them: there is no room for all parameters twice.
+            apart = [node.pop(name) for name in names]
+            moved[stacked] = apart[0] if names == [stacked] else _stacker(targets[stacked].sharding)(*apart)
+        return moved
+
+    return jax.tree.map(move, trees, layout.memory[: len(trees)], is_leaf=_is_dict)
+
+
+@functools.cache
+def _stacker(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)
 
 
 def _shardings(tree: Any) -> Any:

@@ -5,7 +5,7 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -15,7 +15,7 @@ from llava_jax.train import processes
 
 
 class Watchdog:
-    """A thread that waits for signs of life, from the first on: compiling may take as long as it takes.
+    """A thread that waits for signs of life, from the first batch on; compiling may take as long as it takes.
 
     A host that hangs in reading holds up all the others in their next step, so every process ends by its own watch.
     """
@@ -30,6 +30,13 @@ class Watchdog:
     def beat(self) -> None:
         """A sign of life."""
         self._last = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Expects no sign of life inside the block."""
+        self._last = None
+        yield
+        self.beat()
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()

@@ -11,7 +11,7 @@ import pytest
 
 from llava_jax.data import index as index_module
 from llava_jax.data import workers
-from llava_jax.data.index import Index, check_refusals, load_index
+from llava_jax.data.index import Index, check_refusals, check_replaced, load_index
 from llava_jax.data.mix import Mix, Part, Records, as_mix, open_records
 from llava_jax.data.plan import Plan, make_plan, pack
 from llava_jax.data.records import RecordFile
@@ -320,6 +320,26 @@ def test_refused_records_are_counted_and_cached(copied: Path, measured: list[str
         check_refusals(first, 1 / 60)
 
 
+def test_a_run_that_goes_on_does_not_look_again(copied: Path, measured: list[str]):
+    """Its plan is the one it began with, even if a picture that was out of reach at the start can now be read."""
+    shutil.move(copied / "pictures", copied / "elsewhere")
+    first = _load(copied)
+    assert first.counts()["missing picture"] > 0
+    shutil.move(copied / "elsewhere", copied / "pictures")
+    rows, needs = ROWS, _needs(copied)
+    _assert_same(load_index(str(copied / "records.json"), rows, needs, copied / "cache", look_again=False), first)
+    assert len(measured) == 1
+    assert _load(copied).counts() == {}
+    assert len(measured) == 2
+
+
+def test_a_few_replaced_records_pass_and_many_do_not():
+    check_replaced(20, 21, 0.005)
+    check_replaced(50, 10_000, 0.005)
+    with pytest.raises(DataError, match=r"At most 0\.5% .* 51 of 10000 were"):
+        check_replaced(51, 10_000, 0.005)
+
+
 def test_a_file_of_refused_records_never_passes():
     with pytest.raises(DataError, match="2 of 2"):
         check_refusals(_index([1, 1], refused=[0, 1]), 1.0)
@@ -450,3 +470,9 @@ def test_weighted_epochs_keep_their_length_when_records_are_refused():
     plan = _plan(index, Size(1, 0), batch_records=50, epochs=2)
     assert len(plan.records) == 700
     assert not np.isin(plan.records, range(100, 120)).any()
+
+
+def test_a_mix_that_draws_nothing_is_refused():
+    index = _index(np.full(4, 1), weights=(0.1,))
+    with pytest.raises(DataError, match="Raise the weights"):
+        _plan(index, Size(1, 0), batch_rows=1, steps=5)

@@ -74,8 +74,10 @@ def finish(workdir: Path, *overrides: str, **settings) -> subprocess.CompletedPr
     return wait(start(workdir, *overrides, **settings))
 
 
-def start_several(workdir: Path, count: int, *overrides: str, cache: Path | None = None) -> list[subprocess.Popen]:
-    """Processes of one run, as several hosts would start them."""
+def start_several(
+    workdir: Path, count: int, *overrides: str, cache: Path | None = None, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Processes of one run, as several hosts would start them; `last` are settings of the last one alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -83,6 +85,7 @@ def start_several(workdir: Path, count: int, *overrides: str, cache: Path | None
         start(
             workdir,
             *overrides,
+            *(last if index == count - 1 else ()),
             cache=cache,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),

@@ -19,7 +19,8 @@ def test_the_newest_stay_and_the_best_beside_them(tmp_path: Path):
     saved.close()
     again = Checkpoints(str(tmp_path), keep=2)
     assert again.steps() == [6, 5, 2]
-    values, _ = again.restore(2, {"x": jnp.zeros(3, jnp.int32)}, {"m": jnp.zeros(2)})
+    values, moments = again.restore(2, {"x": jnp.zeros(3, jnp.int32)}, {"m": jnp.zeros(2)})
+    again.check(2, values, moments)
     np.testing.assert_array_equal(values["x"], 2)
     again.close()
 

@@ -1,5 +1,6 @@
 """The held-out loss is that of its records, however they are packed; asking for it changes no step."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,10 +8,18 @@ import numpy as np
 import pytest
 
 from llava_jax.errors import UserError
+from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import apply_override, load_config
-from llava_jax.train.evaluation import check_evaluation
+from llava_jax.train.evaluation import HeldOut, check_evaluation
 from llava_jax.train.forecast import save_forecast
+from llava_jax.train.loop import data_needs
 from llava_jax.train.metrics import MetricsLog, read_metrics
+from llava_jax.train.mirror import Mirror
+from llava_jax.train.optim import make_optimizer
+from llava_jax.train.record import RunRecord
+from llava_jax.train.sharding import make_mesh
+from llava_jax.train.state import Layout, fresh_state
+from llava_jax.train.stop import Stop
 from tests.train.runs import ROOT, STEPS, finish, hold_out, loss_one_by_one, story
 
 
@@ -59,6 +68,29 @@ def test_every_second_is_in_a_bucket(watched: Path):
     assert all(line["seconds_start"] == 0 for line in lines[1:])
 
 
+def test_an_evaluation_shows_life_and_ends_when_the_run_is_asked_to_stop(tmp_path: Path, config):
+    hold_out(config, tmp_path / "held_out.json")
+    config = apply_override(config, f"life.eval_records={tmp_path / 'held_out.json'}")
+    config = apply_override(config, "data.batch_rows=4")
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optim, 1)
+    held_out = HeldOut(config, data_needs(config), str(tmp_path), mesh, rows_per_step=4)
+    with contextlib.closing(Checkpoints(str(tmp_path))) as saved:
+        state = fresh_state(Layout(config, optimizer, mesh), optimizer, saved)
+    stop = Stop(RunRecord(Mirror(str(tmp_path), str(tmp_path))))
+    beats: list[bool] = []
+    loss = held_out.loss(state.trainable, state.frozen, stop, beat=lambda: beats.append(True))
+    assert loss is not None
+    assert len(beats) > 2
+
+    def ask() -> None:
+        beats.append(True)
+        stop.is_asked = True
+
+    beats.clear()
+    assert held_out.loss(state.trainable, state.frozen, stop, beat=ask) is None
+    assert len(beats) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [("life.eval_every=5", "go together"), ("life.eval_records=x.json", "go together")],
@@ -100,3 +132,6 @@ def test_weights_and_biases_takes_the_numbers(tmp_path: Path, monkeypatch: pytes
     log.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert read_metrics(str(tmp_path)) == [{"step": 0, "loss": 2.5, "records": "00"}]
+    identity = (tmp_path / "wandb_id").read_text()
+    MetricsLog(str(tmp_path), first_step=1, wandb_project="llava").close()
+    assert (tmp_path / "wandb_id").read_text() == identity

@@ -162,3 +162,16 @@ def test_a_step_that_is_not_finite_ends_all_with_65(tmp_path: Path, cache: Path,
         assert result.returncode == 65, result.stderr
         assert "must be finite" in result.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["exit_code"] == 65
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("override", "says"), [("optim.learning_rate=1e-5", "config and --set values"), ("data.batch_rows=16", "records")]
+)
+def test_processes_that_differ_are_refused(tmp_path: Path, cache: Path, override: str, says: str):
+    """Each would take its own plan for that of all."""
+    processes = start_several(tmp_path / "run", 2, EVERY, cache=cache, last=(override,))
+    for process in processes:
+        result = wait(process)
+        assert result.returncode == 2, result.stderr
+        assert f"must have the same {says}" in result.stderr

@@ -2,12 +2,12 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from llava_jax.data.generated import generate_data
 from llava_jax.train import processes
 from llava_jax.train.watchdog import Watchdog
 from tests.train.runs import start, wait, wait_for_step
@@ -47,22 +47,42 @@ def test_signs_of_life_keep_it_quiet_and_compiling_may_take_long(tmp_path: Path)
         for _ in range(10):
             watchdog.beat()
             time.sleep(0.1)
+        with watchdog.paused():
+            time.sleep(1.0)
     assert not ended
 
 
+def test_after_a_pause_it_watches_again(tmp_path: Path):
+    ended: list = []
+    with Watchdog(0.2, str(tmp_path), ended.append) as watchdog:
+        with watchdog.paused():
+            pass
+        time.sleep(1.0)
+    assert len(ended) == 1
+
+
 @pytest.mark.nightly
-def test_a_picture_that_never_opens_ends_the_run_with_76(tmp_path: Path, cache: Path):
-    """A named pipe without a writer takes the place of every picture: reading waits for ever, as on a dead disk."""
-    data = tmp_path / "data"
-    generate_data(data, num_records=64, image_size=16, seed=0)
-    settings = (f"data.records={data / 'records.json'}", f"data.image_root={data / 'pictures'}")
-    process = start(tmp_path / "run", "data.steps=2000", "life.stall_seconds=5", *settings, cache=cache)
-    wait_for_step(tmp_path / "run", 3, process)
-    for picture in (data / "pictures").iterdir():
-        picture.unlink()
-        os.mkfifo(picture)
-    result = wait(process, timeout=120)
+@pytest.mark.parametrize("is_first_batch", [True, False])
+def test_data_that_comes_no_more_ends_the_run_with_76(tmp_path: Path, cache: Path, is_first_batch: bool):
+    """The worker that reads is stopped, as a dead disk would stop it: before the first batch, or when steps run."""
+    run = tmp_path / "run"
+    process = start(run, "data.steps=2000", "data.workers=1", "life.stall_seconds=20", cache=cache)
+    if not is_first_batch:
+        wait_for_step(run, 3, process)
+    deadline = time.monotonic() + 120
+    while not (workers := _readers(process.pid)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    result = wait(process, timeout=180)
     assert result.returncode == 76, result.stderr
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = json.loads((run / "run.json").read_text())
     assert (record["status"], record["exit_code"]) == ("failed", 76)
-    assert "read_batches" in (tmp_path / "run" / "stacks-0.txt").read_text()
+    assert "read_batches" in (run / "stacks-0.txt").read_text()
+
+
+def _readers(parent: int) -> list[int]:
+    """Processes that Grain has started for reading."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
