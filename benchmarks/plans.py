@@ -84,7 +84,8 @@ What the TPU compiler says on a CPU, {", ".join(methods)}: `python -m benchmarks
 `llava-jax plan --config configs/CONFIG.py --topology TOPOLOGY --set ...` as its first cell has it. One row of tokens a
 record is assumed, as the data are not there to be packed; with packing a step has fewer rows. All devices are on the
 mesh's `fsdp` axis. GiB of one chip; total = arguments + outputs - aliased + temporaries + code, all of which the
-compiler lays out itself. `MFU at most` follows from the lower bound of the step's time: it is no estimate of either.
+compiler lays out itself; if that is more, arguments + the copy that a save makes of what is trained. `MFU at most`
+follows from the lower bound of the step's time: it is no estimate of either.
 
 {as_table(rows)}
 

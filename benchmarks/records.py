@@ -1,6 +1,6 @@
 """Record files of real size: opening, indexing and planning them, and the wait of a restarted run for its first batch.
 
-python -m benchmarks.records --folder /tmp/records   # 2 GB; needs '.[benchmark]' and '.[test]'
+python -m benchmarks.records --folder DIR   # 2 GB; needs '.[benchmark]' and '.[test]'
 
 The two files have as many records as the data sets of LLaVA-1.5 and lengths drawn as in benchmarks/packing.py; the
 words are those of Python's manual, with a few of other scripts. The pictures are forty photographs, each the picture of

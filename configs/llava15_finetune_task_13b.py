@@ -12,13 +12,14 @@ from llava15_finetune_13b import get_config as finetune_13b
 
 from llava_jax.train.config import TrainConfig
 
-PUBLISHED = "weights/llava-1.5-13b-hf"
+# liuhaotian/llava-v1.5-13b, which leaves the tower to openai/clip-vit-large-patch14-336.
+PUBLISHED = "weights/llava-v1.5-13b"
 
 
 def get_config() -> TrainConfig:
     base = finetune_13b()
     return dataclasses.replace(
         base,
-        init=dict.fromkeys(base.init, PUBLISHED),
+        init={**base.init, "projector": PUBLISHED, "decoder": PUBLISHED},
         data=dataclasses.replace(base.data, records="data/task.json", tokenizer=PUBLISHED),
     )

@@ -1,4 +1,5 @@
-r"""LLaVA-1.6 34B, all of it trained: tower, projector and Nous-Hermes-2-Yi-34B. For `llava-jax plan` as yet.
+r"""LLaVA-1.6 34B, all of it trained: tower, projector and Nous-Hermes-2-Yi-34B. For `llava-jax plan` as yet: no
+config makes its projector.
 
     llava-jax plan --config configs/llava16_finetune_34b.py --topology v5p:4x4x8
 

@@ -140,6 +140,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--image", action="extend", nargs="+", default=[], metavar="FILE", help="pictures, in the order of the marks"
     )
     parser.add_argument("--conv", metavar="NAME", help="conversation template, or raw (default: the model's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--quantize", choices=("int8", "nf4"), help="hold the decoder in 8 or 4 bits (default: whole)")
 
 
@@ -222,7 +223,7 @@ def _open(arguments: argparse.Namespace):
     # First what is quick to refuse: a model takes minutes to load.
     images = read_images(arguments.image)
     template = None if arguments.conv in (None, "raw") else arguments.conv
-    model, processor = load(arguments.model, template=template, quantize=arguments.quantize)
+    model, processor = load(arguments.model, template=template, dtype=arguments.dtype, quantize=arguments.quantize)
     if arguments.conv == "raw":
         processor = dataclasses.replace(processor, template=None)
     return model, processor, images

@@ -1,4 +1,4 @@
-"""Known sizes: the published LLaVA-1.5 and v1 models, the quickstart's, and one for debugging."""
+"""Known sizes: the published LLaVA-1.6, 1.5 and v1 models, the quickstart's, and one for debugging."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ LLAVA_15_13B = dataclasses.replace(LLAVA_15_7B, text=VICUNA_13B)
 # The v1 models: openai/clip-vit-large-patch14 (224 pixels), one linear layer, lmsys/vicuna-7b-v1.3 and -13b-v1.3
 LLAVA_V1_7B = dataclasses.replace(
     LLAVA_15_7B,
-    vision=dataclasses.replace(CLIP_L_336, image_size=224),
+    vision=CLIP_L_224,
     text=dataclasses.replace(VICUNA_7B, norm_eps=1e-6, max_positions=2048),
     projector="linear",
 )

@@ -6,7 +6,8 @@ r"""Trains on TPU slices of a GKE cluster through xpk (https://github.com/AI-Hyp
 `scripts/Dockerfile` makes the image. Arguments after `--` go to `xpk workload create` (`-- --spot --num-slices 2`);
 `--dry-run` prints the command and runs nothing (add `-- --dry-run` instead to see what xpk would do). The processes
 find each other by what GKE tells a TPU pod. Exit code 75, preempted and saved, restarts the workload, as xpk does by
-itself for a pod that was killed; every other code of ours ends it.
+itself for a pod that was killed; every other code of ours ends it. What the config names (`weights/`, `data/`, an
+earlier stage) must be in the image or on a mount of the pods that `--set` names; the workdir alone may be in a bucket.
 """
 
 import argparse

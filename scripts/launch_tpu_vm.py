@@ -4,8 +4,14 @@ r"""Trains on a TPU VM or pod slice with nothing but gcloud: makes it, installs 
         --config configs/llava15_pretrain_7b.py --workdir gs://my-bucket/pretrain_7b
 
 Arguments after `--` go to `gcloud ... create` (`-- --spot`); `--dry-run` prints the shell program and runs nothing.
-The same command continues on a VM that is there. JAX finds the workers of a TPU VM by itself. Exit code 75 runs the
-training again, on a new VM when the old one was taken away. It is left standing at the end: delete it.
+The same command continues on a VM that is there, with the commit that is checked out then. JAX finds the workers of a
+TPU VM by itself. Exit code 75 runs the training again, on a new VM when the old one was taken away. A VM that cannot be
+made is tried again every minute: stop it if what gcloud says is about an argument. It is left standing at the end:
+delete it.
+
+What the config names (`weights/`, `data/`, an earlier stage in `runs/`) must be on every worker, on a disk or mount of
+yours that `--set` names: `--set data.image_root=/mnt/data --set init.decoder=/mnt/weights/vicuna-7b-v1.5 ...`. The
+workdir alone may be in a bucket.
 """
 
 import argparse
@@ -21,7 +27,8 @@ INSTALL = (
 )
 PROGRAM = """\
 set -u
-git archive --format=tar.gz --output=/tmp/llava_jax.tar.gz HEAD || exit
+archive=$(mktemp -d)/llava_jax.tar.gz
+git archive --format=tar.gz --output="$archive" HEAD || exit
 code=75
 while [ "$code" -eq 75 ]; do
     state=$({tpu} describe {name} --format='value(state)')
@@ -29,11 +36,10 @@ while [ "$code" -eq 75 ]; do
         # A preempted VM stays in the list, useless, until it is deleted.
         [ -z "$state" ] || {tpu} delete {name} --quiet
         {tpu} create {name} {create} || {{ sleep 60; continue; }}
-        {tpu} scp /tmp/llava_jax.tar.gz {name}: {all} || exit
-        {tpu} ssh {name} {all} --command={install} || exit
     fi
-    # Ends with the code of the first worker that failed.
-    {tpu} ssh {name} {all} --command={train}
+    # The training ends with the code of the first worker that failed.
+    {tpu} scp "$archive" {name}: {all} && {tpu} ssh {name} {all} --command={install} &&
+        {tpu} ssh {name} {all} --command={train}
     code=$?
     if [ "$code" -ne 0 ] && [ "$({tpu} describe {name} --format='value(state)')" != READY ]; then
         code=75

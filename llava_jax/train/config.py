@@ -26,7 +26,8 @@ class DataConfig:
     """What is read and how it is batched; exactly one of each pair `batch_*` and of `epochs`, `steps` is set.
 
     `records`: what is read, see `as_mix`; `image_root`: folder that picture names are relative to; `tokenizer`: folder
-    with tokenizer.json; `max_refused`: share of records that may be unusable before the run refuses to start.
+    with tokenizer.model or tokenizer.json; `max_refused`: share of records that may be unusable before the run refuses
+    to start, or replaced before it refuses to go on.
     """
 
     records: Choice
@@ -131,7 +132,7 @@ class LifeConfig:
 class TrainConfig:
     """One run of one stage.
 
-    `init`: where each part of the model starts, a folder (Hugging Face, model folder or workdir) or `random`;
+    `init`: where each part of the model starts, whatever `llava-jax convert` opens, or `random`;
     `trainable`: the parts that learn, the others get neither gradients nor moments; `stacked`: whether layers
     are one stack for `lax.scan` (see `models/layers.py`); `remat`: what the backward pass computes again:
     `elementwise` keeps the results of linear layers and attention, `linear` those of attention, `everything` only

@@ -163,26 +163,31 @@ def verbs(tools: Path) -> list[str]:
     return names
 
 
-SETUP = ["create", "scp", "ssh"]
+INSTALL_AND_TRAIN = ["scp", "ssh", "train"]
 
 
 @pytest.mark.parametrize(
     ("states", "codes", "expected", "code"),
     [
         # There is no VM yet.
-        ("", "0", ["describe", *SETUP, "train"], 0),
-        ("READY", "0", ["describe", "train"], 0),
+        ("", "0", ["describe", "create", *INSTALL_AND_TRAIN], 0),
+        ("READY", "0", ["describe", *INSTALL_AND_TRAIN], 0),
         # Preempted and saved on a VM that stays.
-        ("READY READY READY", "75 0", ["describe", "train", "describe", "describe", "train"], 0),
+        (
+            "READY READY READY",
+            "75 0",
+            ["describe", *INSTALL_AND_TRAIN, "describe", "describe", *INSTALL_AND_TRAIN],
+            0,
+        ),
         # The VM was taken away under the training.
         (
             "READY PREEMPTED PREEMPTED",
             "255 0",
-            ["describe", "train", "describe", "describe", "delete", *SETUP, "train"],
+            ["describe", *INSTALL_AND_TRAIN, "describe", "describe", "delete", "create", *INSTALL_AND_TRAIN],
             0,
         ),
         # A failure of the run itself.
-        ("READY READY", "66", ["describe", "train", "describe"], 66),
+        ("READY READY", "66", ["describe", *INSTALL_AND_TRAIN, "describe"], 66),
     ],
 )
 def test_the_tpu_vm_launcher_makes_the_vm_again_and_trains_on(

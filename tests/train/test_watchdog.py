@@ -84,5 +84,5 @@ def test_data_that_comes_no_more_ends_the_run_with_76(tmp_path: Path, cache: Pat
 
 def _readers(parent: int) -> list[int]:
     """Processes that Grain has started for reading."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    children = [child for path in Path(f"/proc/{parent}/task").glob("*/children") for child in path.read_text().split()]
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
