@@ -42,16 +42,18 @@ class RowReader:
 
     def __getitem__(self, index: SupportsIndex) -> Row:
         """One row, with `record_ids` (-1 where there is none), a checksum of them, and `num_replaced`."""
-        step, place = divmod(int(index), len(self.places))
-        number = (self.first_step + step) * self.plan.rows_per_step + int(self.places[place])
+        step, at = divmod(int(index), len(self.places))
+        step, place = self.first_step + step, int(self.places[at])
+        number = step * self.plan.rows_per_step + place
         planned = self.plan.row(number)
         read = [self._read(int(record), seed=(self.plan.seed, number, i)) for i, record in enumerate(planned)]
         used = np.array([record for record, _ in read], np.int64)
         ids = np.full(self.plan.most_records, -1, np.int64)
         ids[: len(used)] = used
         row = self.rows.assemble([example for _, example in read], self.needs)
-        # Checksums of rows can be added up, whichever hosts the rows lie on.
-        checksum = np.uint32(zlib.crc32(np.array([number, *used], np.int64).tobytes())) if len(used) else np.uint32(0)
+        # Checksums of rows can be added up, whichever hosts the rows lie on, and however many are padding.
+        told = np.array([step, place, *used], np.int64)
+        checksum = np.uint32(zlib.crc32(told.tobytes())) if len(used) else np.uint32(0)
         replaced = np.int32((used != planned).sum())
         return row | {"record_ids": ids, "checksum": checksum, "num_replaced": replaced}
 
