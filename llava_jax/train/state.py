@@ -133,37 +133,35 @@ def resumed_state(layout: Layout, checkpoints: Checkpoints, check: Callable[[Map
 
     A damaged step is put aside, with a warning, once an older one turned out to be good.
     """
-    damaged: list[int] = []
-    reasons: list[Damaged] = []
+    damaged: dict[int, str] = {}
     for step in checkpoints.steps():
-        restored = None
+        restored, reason = None, f"Another process found step {step} damaged."
         try:
             check(checkpoints.position(step))
             restored = checkpoints.restore(step, layout.disk[0], layout.disk[2])
         except Damaged as error:
-            reasons.append(error)
+            reason = str(error)
         # What follows is computed by all together, who wait for each other in it: each must have read its share.
         if processes.all_agree(f"read/{step}", restored is not None) and restored is not None:
             try:
                 checkpoints.check(step, *restored)
                 is_good = True
             except Damaged as error:
-                reasons.append(error)
-                is_good = False
+                reason, is_good = str(error), False
             if processes.all_agree(f"restored/{step}", is_good):
                 break
-        damaged.append(step)
+        damaged[step] = reason
     else:
         if damaged:
             raise CheckpointError(
-                f"No saved step is good, and a run never starts anew in silence: {' '.join(map(str, reasons[:2]))} "
+                f"No saved step is good, and a run never starts anew in silence: {' '.join([*damaged.values()][:2])} "
                 "Put a copy back, or choose another --workdir."
             )
         return None
     frozen = checkpoints.restore_frozen(layout.disk[1])
     for number in damaged:
         checkpoints.put_aside(number)
-    for reason in reasons:
+    for reason in damaged.values():
         print(f"llava-jax: {reason} It was put aside; going on from step {step}.", file=sys.stderr, flush=True)
     trainable, frozen, opt_state = _to_memory(layout, (restored[0], frozen, restored[1]))
     return State(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state)
