@@ -25,7 +25,7 @@ from llava_jax.convert.workdir import (
 )
 from llava_jax.models.parameters import Parameters
 from llava_jax.train import processes
-from llava_jax.train.mirror import is_remote
+from llava_jax.train.mirror import is_remote, move
 
 # Seconds that a save may take behind the loop's back.
 PATIENCE = 24 * 3600
@@ -143,8 +143,7 @@ class Checkpoints:
     def put_aside(self, step: int) -> None:
         """Moves a damaged step out of the way of its repetition."""
         if processes.is_first():
-            self._damaged_path.mkdir(exist_ok=True)
-            (self.steps_path / str(step)).rename(self._damaged_path / f"{step}-{os.getpid()}")
+            move(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
         processes.all_agree(f"aside/{step}", True)
         self._manager.reload()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_jax.convert.workdir import named_errors
+from llava_jax.convert.workdir import AnyPath, named_errors
 from llava_jax.errors import CheckpointError, UserError
 
 BUCKET = "gs://"
@@ -61,6 +61,21 @@ class Mirror:
                 if path.is_file() and path.suffix != ".tmp" and self._carried.get(str(path)) != look:
                     (epath.Path(self.workdir) / str(path.relative_to(self.folder))).write_bytes(path.read_bytes())
                     self._carried[str(path)] = look
+
+
+def move(source: AnyPath, target: AnyPath) -> None:
+    """Moves a folder; one of a bucket object by object, as a bucket has no folders, without reading them here."""
+    if not is_remote(str(source)):
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        return
+    import fsspec
+
+    files = fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
+    names = files.find(str(source))
+    root = str(source).removeprefix(BUCKET)
+    files.copy(names, [f"{target}{name.removeprefix(root)}" for name in names])
+    files.rm(names)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def finish(workdir: Path, *overrides: str, **settings) -> subprocess.CompletedPr
 
 
 def start_several(
-    workdir: Path, count: int, *overrides: str, cache: Path | None = None, last: tuple[str, ...] = ()
+    workdir: Path, count: int, *overrides: str, cache: Path | None = None, last: tuple[str, ...] = (), **more: str
 ) -> list[subprocess.Popen]:
     """Processes of one run, as several hosts would start them; `last` are settings of the last one alone."""
     with socket.socket() as free:
@@ -90,6 +90,7 @@ def start_several(
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),
             JAX_PROCESS_ID=str(index),
+            **more,
         )
         for index in range(count)
     ]

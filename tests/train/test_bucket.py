@@ -71,8 +71,8 @@ def test_a_killed_run_goes_on_from_its_bucket(tmp_path: Path, reference: Path, c
     assert "cannot be locked" in result.stdout
     copy = _copy(bucket, tmp_path / "copy")
     _assert_same_run(copy, reference)
-    values, step = open_workdir(str(copy))
-    assert step == STEPS
+    values, run = open_workdir(str(copy))
+    assert run.step == STEPS
     expected = open_workdir(str(reference))[0]
     assert all(np.array_equal(values[name].view(), expected[name].view()) for name in expected)
 
@@ -108,6 +108,7 @@ def test_a_run_in_a_bucket_stops_when_asked(tmp_path: Path, reference: Path, cac
 @pytest.mark.nightly
 def test_a_damaged_step_in_a_bucket_is_put_aside(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     assert finish(URL, EVERY, cache=cache, **bucket.environment).returncode == 0
+    names = [f"/{name}" for name in bucket.names(f"{UNDER}checkpoints/{STEPS}/")]
     for name in bucket.names(f"{UNDER}checkpoints/{STEPS}/params/"):
         path = f"{UNDER}checkpoints/{STEPS}/params/{name}"
         content, generation = bucket.objects[path]
@@ -116,7 +117,8 @@ def test_a_damaged_step_in_a_bucket_is_put_aside(tmp_path: Path, reference: Path
     result = finish(URL, EVERY, cache=cache, **bucket.environment)
     assert result.returncode == 0, result.stderr
     assert f"It was put aside; going on from step {STEPS - 2}" in result.stderr
-    assert bucket.names(f"{UNDER}damaged/{STEPS}-")
+    aside = bucket.names(f"{UNDER}damaged/{STEPS}-")
+    assert [name[name.index("/") :] for name in aside] == names
     _assert_same_run(_copy(bucket, tmp_path / "copy"), reference)
 
 
@@ -129,7 +131,7 @@ def test_two_processes_share_a_bucket(tmp_path: Path, reference: Path, bucket: B
         assert result.returncode == 0, result.stderr
     copy = _copy(bucket, tmp_path / "copy")
     assert [line[3] for line in story(copy)] == [line[3] for line in story(reference)]
-    assert open_workdir(str(copy))[1] == STEPS
+    assert open_workdir(str(copy))[1].step == STEPS
     assert bucket.names(f"{UNDER}compiled/")
 
 

@@ -81,7 +81,7 @@ def _assert_flips_are_found(run: Path, layout: Layout, good: dict, count: int, s
             found += 1
             assert f"step {NEWEST}" in said
             assert "was put aside; going on from step" in said
-            shutil.move(next((run / "damaged").iterdir()), step)
+            shutil.move(next((run / "damaged").glob(f"{NEWEST}-*")), step)
         else:
             # A bit that nothing reads: the values are those that were saved.
             assert said == ""
