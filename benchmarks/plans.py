@@ -32,7 +32,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", type=int, help="number of one plan, from 0")
     parser.add_argument("--again", action="store_true", help="those that are there already, too")
     chosen = parser.parse_args()

@@ -23,7 +23,9 @@ QUESTIONS, BATCH = 512, 32
 
 def main() -> None:
     chosen = arguments(
-        __doc__.splitlines()[0], sizes=("small", "tiny"), model="a trained model folder of the quickstart, measured too"
+        (__doc__ or "").splitlines()[0],
+        sizes=("small", "tiny"),
+        model="a trained model folder of the quickstart, measured too",
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -45,7 +45,7 @@ CONFIGS = {"captions": "configs/llava15_pretrain_7b.py", "mix": "configs/llava15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the files are written, and kept")
     parser.add_argument("--share", type=float, default=1.0, help="share of the records, to try it out")
     parser.add_argument("--only", choices=("write", "first", "again"), help="one step of it, in this process")

@@ -6,13 +6,15 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
 Carry = TypeVar("Carry")
 # Wraps the step of a layer, usually functools.partial(jax.checkpoint, policy=...); None saves every activation.
 Remat = Callable[[Callable], Callable] | None
 
 
-def as_held(arrays: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+def as_held(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Arrays:
     """For nnx.Embed's `promote_dtype`: the table stays in the dtype it is bound in, not the one it was made with."""
+    del dtype, inexact
     return arrays
 
 

@@ -94,10 +94,10 @@ def mirrored(workdir: str) -> Iterator[Mirror]:
         return
     if find_spec("gcsfs") is None:
         raise UserError(f"A workdir on {BUCKET} needs one more package. Run pip install -e '.[gcs]'.")
-    import fsspec
+    from fsspec import config
 
     # TensorStore writes beside gcsfs, whose memory of what is in a folder would be wrong.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     with tempfile.TemporaryDirectory(prefix="llava_jax_") as folder:
         mirror = Mirror(folder, workdir.rstrip("/"))
         mirror.fetch()
