@@ -143,7 +143,8 @@ class Checkpoints:
     def put_aside(self, step: int) -> None:
         """Moves a damaged step out of the way of its repetition."""
         if processes.is_first():
-            move(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
+            with named_errors(f"{self._what(step)} could not be put aside", "It is damaged: move it away."):
+                move(self.steps_path / str(step), self._damaged_path / f"{step}-{os.getpid()}")
         processes.all_agree(f"aside/{step}", True)
         self._manager.reload()
 

@@ -87,7 +87,9 @@ class _Wandb:
         known = workdir / WANDB_ID
         if not known.is_file():
             known.write_text(secrets.token_hex(8))
-        self._run: Any = wandb.init(project=project, dir=workdir, name=run_name, id=known.read_text(), resume="allow")
+        self._run: Any = wandb.init(
+            project=project, dir=workdir, name=run_name or None, id=known.read_text(), resume="allow"
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
