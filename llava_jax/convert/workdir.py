@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +32,8 @@ AnyPath = Path | epath.Path
 FROZEN = "frozen"
 STEPS = "checkpoints"
 EMBEDDING = "decoder.embed_tokens.embedding"
+# Bytes of small arrays that are read at once.
+GROUP = 64 * 2**20
 # The resolved config of a run, flat.
 CONFIG = "config.json"
 
@@ -41,7 +45,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Tensor], Run]:
     """All parameters of a workdir at its newest step that is not damaged, or at `step`, and what the run did.
 
-    Every array is read once here, one at a time, and compared with its fingerprint; none is kept.
+    Every array is read once here and compared with its fingerprint; none is kept.
 
     Raises:
       CheckpointError: no such step is there, or it (if one was named: it alone) is damaged.
@@ -56,42 +60,66 @@ def open_workdir(workdir: str, *, step: int | None = None) -> tuple[dict[str, Te
         folder = root / STEPS / str(candidate)
         try:
             record = read_record(folder)
-            trained = _open_tree(workdir, folder / "params")
-            compare(_fingerprints(trained), record["params"], f"step {candidate} of {workdir}")
+            saved = _SavedTree.open(workdir, folder / "params")
+            compare(saved.fingerprints(), record["params"], f"step {candidate} of {workdir}")
         except Damaged as error:
             if step is not None or candidate == steps[-1]:
                 raise CheckpointError(f"{error} Take another step or folder, or train it again.") from error
             print(f"llava-jax: {error} Taking the step before.", file=sys.stderr, flush=True)
             continue
-        frozen = _open_tree(workdir, root / FROZEN) if record["frozen"] else {}
-        compare_frozen(_fingerprints(frozen), record["frozen"], root / FROZEN)
+        trained, frozen = saved.tensors(), {}
+        if record["frozen"]:
+            kept = _SavedTree.open(workdir, root / FROZEN)
+            compare_frozen(kept.fingerprints(), record["frozen"], root / FROZEN)
+            frozen = kept.tensors()
         run = _run(root, candidate, trained)
         return _plain(frozen | trained, run.lora), run
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
-def _open_tree(workdir: str, path: Path) -> dict[str, Tensor]:
-    """A saved dictionary, none of it read yet."""
-    with _naming(workdir):
-        return {name: _open_array(workdir, path, name, leaf) for name, leaf in tree_shapes(path).items()}
+@dataclasses.dataclass(frozen=True)
+class _SavedTree:
+    """A saved dictionary of arrays, none of them read yet."""
 
+    workdir: str
+    path: Path
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
 
-def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: fingerprints({name: tensor.view()})[name] for name, tensor in tensors.items()}
+    @classmethod
+    def open(cls, workdir: str, path: Path) -> "_SavedTree":
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        with _naming(workdir):
+            shapes = tree_shapes(path).items()
+        return cls(workdir, path, {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in shapes})
 
-
-def _open_array(workdir: str, path: Path, name: str, leaf: Any) -> Tensor:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)}
-
-    def view() -> np.ndarray:
+    def read(self, *names: str) -> dict[str, jax.Array]:
+        target = {name: self.leaves[name] for name in names}
         args = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        with _naming(workdir), ocp.PyTreeCheckpointer() as checkpointer:
-            return np.asarray(checkpointer.restore(path, args=args)[name])
+        with _naming(self.workdir), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self.path, args=args)
 
-    return Tensor(shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype), origin=f"{path}: {name}", view=view)
+    def fingerprints(self) -> dict[str, str]:
+        """Of every array, each read once and none kept; many small ones at a time, as every reading costs its own."""
+        ends = itertools.accumulate(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves.values())
+        groups = itertools.groupby(zip(self.leaves, ends, strict=True), key=lambda place: place[1] // GROUP)
+        found: dict[str, str] = {}
+        for _, places in groups:
+            found |= fingerprints(self.read(*(name for name, _ in places)))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Each is read when it is looked at."""
+        return {name: self._tensor(name, leaf) for name, leaf in self.leaves.items()}
+
+    def _tensor(self, name: str, leaf: jax.ShapeDtypeStruct) -> Tensor:
+        return Tensor(
+            shape=leaf.shape,
+            dtype=np.dtype(leaf.dtype),
+            origin=f"{self.path}: {name}",
+            view=lambda: np.asarray(self.read(name)[name]),
+        )
 
 
 def _naming(workdir: str) -> contextlib.AbstractContextManager[None]:

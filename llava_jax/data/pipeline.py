@@ -46,7 +46,9 @@ class RowReader:
         step, place = self.first_step + step, int(self.places[at])
         number = step * self.plan.rows_per_step + place
         planned = self.plan.row(number)
-        read = [self._read(int(record), seed=(self.plan.seed, number, i)) for i, record in enumerate(planned)]
+        # By its place among all records of the plan: that of its row depends on the number of devices.
+        first = int(self.plan.starts[number])
+        read = [self._read(int(record), seed=(self.plan.seed, first + i)) for i, record in enumerate(planned)]
         used = np.array([record for record, _ in read], np.int64)
         ids = np.full(self.plan.most_records, -1, np.int64)
         ids[: len(used)] = used

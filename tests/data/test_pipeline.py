@@ -25,7 +25,14 @@ EPOCH = {"batch_rows": 4, "epochs": 1}
 
 
 def _reader(
-    data: Path, *, rows=ROWS, first_step: int = 0, process: int = 0, num_processes: int = 1, **batch
+    data: Path,
+    *,
+    rows=ROWS,
+    first_step: int = 0,
+    process: int = 0,
+    num_processes: int = 1,
+    rows_multiple: int = 4,
+    **batch,
 ) -> RowReader:
     needs = Needs(
         tokenizer=open_tokenizer(str(data / "tokenizer")),
@@ -40,7 +47,7 @@ def _reader(
         rows.capacity,
         seed=3,
         shuffle=True,
-        rows_multiple=4,
+        rows_multiple=rows_multiple,
         **(settings | (batch or {"batch_rows": 4, "steps": 7})),
     )
     return RowReader(
@@ -149,6 +156,11 @@ def test_augmentation_follows_the_place_in_the_plan_alone(tmp_path: Path, own: P
     shares = [_read(folder, process=process, num_processes=2, **settings) for process in range(2)]
     joined = _join(shares)
     _assert_same(joined, whole)
+    # More devices may need more rows of padding.
+    wide = _read(folder, rows_multiple=8, **settings)
+    assert len(wide[0]["images"]) > len(whole[0]["images"])
+    for batch, padded in zip(whole, wide, strict=True):
+        np.testing.assert_array_equal(batch["images"], padded["images"][: len(batch["images"])])
     ids = np.concatenate([batch["record_ids"][:, 0] for batch in whole])
     pictures = np.concatenate([batch["images"] for batch in whole])
     shown = [pictures[ids == number] for number in range(8)]

@@ -146,13 +146,13 @@ def loss_one_by_one(workdir: Path, config: TrainConfig, path: Path) -> float:
     """The loss of a workdir's saved model on records, one row each, without padding rows or a plan."""
     needs, rows = data_needs(config), config.data.rows
     records = RecordFile(str(path), find_spans(str(path)))
-    model = bind(
-        structure(config.model)[0], {n: jnp.asarray(v.view()) for n, v in open_workdir(str(workdir))[0].items()}
-    )
+    graphdef = structure(config.model)[0]
+    values = {n: jnp.asarray(v.view()) for n, v in open_workdir(str(workdir))[0].items()}
     context = Context(attend=attend_xla, constrain=make_constrain(make_mesh(config.mesh)), remat=None)
+    objective = jax.jit(lambda values, batch: config.objective(bind(graphdef, values), batch, context))
     total = weight = 0.0
     for i in range(len(records)):
         row = rows.assemble([rows.load(records[i], needs, np.random.default_rng(0))], needs)
-        sums = config.objective(model, {name: jnp.asarray(value)[None] for name, value in row.items()}, context)
+        sums = objective(values, {name: jnp.asarray(value)[None] for name, value in row.items()})
         total, weight = total + float(sums.loss), weight + float(sums.weight)
     return total / weight

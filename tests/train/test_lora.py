@@ -76,16 +76,16 @@ def test_lora_without_a_trained_decoder_is_refused():
         dataclasses.replace(config, trainable=("projector",))
 
 
-def train(workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
+def train(workdir: Path, cache: Path, *overrides: str) -> subprocess.CompletedProcess:
     settings = command(workdir, "data.workers=0", "checkpoint_every=4", *overrides, config=CONFIG)
-    return subprocess.run(settings, cwd=ROOT, env=environment(None), capture_output=True, text=True, timeout=500)
+    return subprocess.run(settings, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     hold_out(load_config(str(ROOT / CONFIG)), folder / "held_out.json")
-    done = train(folder / "run", f"life.eval_records={folder / 'held_out.json'}", "life.eval_every=12")
+    done = train(folder / "run", cache, f"life.eval_records={folder / 'held_out.json'}", "life.eval_every=12")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -104,14 +104,14 @@ def test_a_run_with_adapters_learns_and_saves_them_alone(trained: Path):
 
 
 @pytest.mark.nightly
-def test_a_run_with_adapters_goes_on_bit_for_bit(trained: Path, tmp_path: Path):
+def test_a_run_with_adapters_goes_on_bit_for_bit(trained: Path, tmp_path: Path, cache: Path):
     """Dropout, too, is where it was: the later steps are taken away, then the same command continues."""
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     for step in saved_steps(workdir)[1:]:
         shutil.rmtree(workdir / "checkpoints" / str(step))
     assert 0 < saved_steps(workdir)[-1] < saved_steps(trained)[-1]
-    done = train(workdir)
+    done = train(workdir, cache)
     assert done.returncode == 0, done.stderr
     assert_same_bits(arrays(trained), arrays(workdir))
     assert story(workdir) == story(trained)
@@ -138,9 +138,9 @@ def test_its_workdir_is_a_plain_model_with_the_adapters_merged(trained: Path):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stacked", ["false", "true"])
-def test_a_run_on_quantized_weights_opens_as_those_with_its_adapters(tmp_path: Path, stacked: str):
+def test_a_run_on_quantized_weights_opens_as_those_with_its_adapters(tmp_path: Path, cache: Path, stacked: str):
     overrides = ("quantize=nf4", f"stacked={stacked}")
-    done = train(tmp_path / "run", *overrides)
+    done = train(tmp_path / "run", cache, *overrides)
     assert done.returncode == 0, done.stderr
     losses = [loss for _, loss, _, _ in story(tmp_path / "run")]
     assert losses[-1] < losses[0]

@@ -250,8 +250,10 @@ def run(mesh, accumulation, stacked):
     assert step._cache_size() == 1
     shapes = re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* all-gather", text)
     gathered = {int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes}
-    # Features and tower states of the whole batch; no parameter has as many elements.
-    assert not gathered & {B * I * (N + k) * 32 // accumulation for k in (0, 1)}, shapes
+    # Features and tower states of the whole batch; no parameter has as many elements. Where rows are not divided,
+    # every device has them already, and a layer's heads gather what they have computed of them.
+    if mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        assert not gathered & {B * I * (N + k) * 32 // accumulation for k in (0, 1)}, shapes
     return results
 
 worst = {}
@@ -279,7 +281,7 @@ ALL = [
     for fsdp in (1, 2, 4, 8)
     if 8 % (data * fsdp) == 0
     for accumulation, stacked in ((1, 0), (1, 1))
-] + [(4, 2, 1, 1, 0), (2, 1, 4, 4, 0)]
+] + [(2, 2, 2, 2, 0), (2, 1, 4, 4, 0)]
 
 
 @pytest.mark.parametrize("meshes", [SOME, pytest.param(ALL, marks=pytest.mark.nightly)], ids=["one", "all"])
