@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from llava_jax.cli import HEAP
+from llava_jax.heap import HEAP
 
 CODE = """
 import time

@@ -11,17 +11,14 @@ import traceback
 from collections.abc import Sequence
 
 from llava_jax.errors import UserError, exit_code
-
-# Huge pages, and large blocks from the heap, which is never trimmed.
-HEAP = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_threshold=4294967296", "trim_threshold=4294967296", "top_pad=67108864")
-)
+from llava_jax.heap import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
     arguments = _parser().parse_args(argv)
+    if argv is None and arguments.run in (_quickstart, _train):
+        keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tqdm import tqdm
 
@@ -153,19 +150,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
-def _keep_freed_memory() -> None:
-    """Starts this process again with a heap that keeps what XLA frees; see docs/performance.md.
-
-    On a CPU every step allocates its temporaries anew, and the kernel clears each page of them again. Only a
-    variable that is there when the process starts can change that.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = HEAP
-        os.execv(sys.executable, [sys.executable, "-m", "llava_jax.cli", *sys.argv[1:]])
-
-
 def _quickstart(arguments: argparse.Namespace) -> None:
-    _keep_freed_memory()
     from llava_jax.quickstart import quickstart
 
     quickstart(arguments.workdir, seed=arguments.seed)

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "llava_jax"
 # Each room imports from itself and from rooms of a lower number. `models` and `data` do not know each other.
 LEVELS = {
     "errors": 0,
+    "heap": 0,
     "shapes": 0,
     "chips": 0,
     "collectives": 0,

@@ -1,0 +1,25 @@
+"""The heap of a process that computes on a CPU."""
+
+import os
+import sys
+from collections.abc import Iterable
+from glob import glob
+
+# Huge pages, and large blocks from the heap, which is never trimmed.
+HEAP = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "mmap_threshold=4294967296", "trim_threshold=4294967296", "top_pad=67108864")
+)
+# Where Linux shows NVIDIA's and AMD's GPUs, and TPUs.
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def keep_freed_memory(accelerators: Iterable[str] = ACCELERATORS) -> None:
+    """Starts this process again with a heap that keeps what XLA frees, unless the machine has accelerators.
+
+    On a CPU every step allocates its temporaries anew, and the kernel clears each page of them again; see
+    docs/performance.md. Only a variable that is there when the process starts can change that.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not any(map(glob, accelerators)):
+        os.environ["GLIBC_TUNABLES"] = HEAP
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
