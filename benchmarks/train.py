@@ -6,7 +6,7 @@ python -m benchmarks.train --device gpu --size 7b   # LLaVA-1.5-7B's shape, bflo
 
 Real tokens are those of conversations, picture slots counted and padding not. `dense` gives both sides the very same
 full rows. `mixed` gives both the same conversations: the peer's in padded batches, grouped as the original's
-`group_by_modality_length` groups them on 8 devices, ours packed by the plan that training uses.
+`group_by_modality_length` groups them on 8 devices, ours packed by the plan that training uses, in no more steps.
 """
 
 import gc
@@ -92,7 +92,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     ours = Ours(chosen, config, weights)
     our_dense = ours.place(ours.rows(dense, [[i] for i in range(len(dense))], job.dense[1], 1))
-    packed, num_rows = ours.pack(mixed, job)
+    packed, num_rows = ours.pack(mixed, job, len(grouped))
     begin = time.perf_counter()
     losses["ours"] = ours.step(our_dense)
     compiling = time.perf_counter() - begin
@@ -124,7 +124,8 @@ def main() -> None:
     notes = {
         "what": f"{chosen.stage}, {ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; dense "
         f"{job.dense[0]} rows of {job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, "
-        f"batches of {job.batch} against rows of {job.length}; {chosen.repeats} repeats in turns",
+        f"{len(grouped)} batches of {job.batch} against {len(packed)} of {num_rows // len(packed)} rows of "
+        f"{job.length}; {chosen.repeats} repeats in turns",
         "first step of ours, compiling included": f"{compiling:.1f} s",
         "loss of the first dense step": ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
         "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
@@ -282,7 +283,6 @@ class Ours:
         self.opt_state = jax.jit(optimizer.init)(self.trainable)
         self.compiled = jit_step(self.layout, optimizer)
         self.needs = Needs(None, "", config.vision.image_size, config.num_features)  # pyright: ignore[reportArgumentType]
-        self.rows_per_step = max(1, job.dense[0] * job.dense[1] // job.length)
 
     def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
         """The batch of the listed rows."""
@@ -294,8 +294,11 @@ class Ours:
         num_rows = len(rows)
         return batch | {"checksum": np.zeros(num_rows, np.uint32), "num_replaced": np.zeros(num_rows, np.int32)}
 
-    def pack(self, examples: Sequence[Any], job: Job) -> tuple[list[dict[str, Any]], int]:
-        """Batches of packed rows, as the plan of a run packs them, and the number of rows."""
+    def pack(self, examples: Sequence[Any], job: Job, most_steps: int) -> tuple[list[dict[str, Any]], int]:
+        """Batches of packed rows, as the plan of a run packs them, and the number of rows.
+
+        A batch has as many rows as it takes to make no more updates than the peer: both learn from as much at a time.
+        """
         from llava_jax.data.plan import pack
 
         sizes: Any = types.SimpleNamespace(
@@ -304,8 +307,9 @@ class Ours:
         )
         order = np.random.default_rng(3).permutation(len(examples))
         packed = pack(order, sizes, self.format.capacity)
-        packed += [[]] * (-len(packed) % self.rows_per_step)
-        steps = [packed[i : i + self.rows_per_step] for i in range(0, len(packed), self.rows_per_step)]
+        rows = -(-len(packed) // most_steps)
+        packed += [[]] * (-len(packed) % rows)
+        steps = [packed[i : i + rows] for i in range(0, len(packed), rows)]
         return [self.place(self.rows(examples, step, job.length, job.tiles)) for step in steps], len(packed)
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Remat, as_held, make_layers, run_layers
+from llava_jax.models.layers import Linear, Remat, as_held, make_layers, run_layers
 from llava_jax.shapes import Activation, CaptionConfig, ClipConfig, FeatureSelect, VisionConfig
 
 # OpenAI's statistics of red, green and blue (`OPENAI_CLIP_MEAN`, `OPENAI_CLIP_STD` of transformers).
@@ -35,7 +35,7 @@ class ClipAttention(nnx.Module):
     """Multi-head self-attention with biases (`CLIPAttention` of transformers)."""
 
     def __init__(self, embed_dim: int, num_heads: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, embed_dim, embed_dim, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, embed_dim, embed_dim, param_dtype=param_dtype, rngs=rngs)
         self.q_proj = linear()
         self.k_proj = linear()
         self.v_proj = linear()
@@ -63,8 +63,8 @@ class ClipMlp(nnx.Module):
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.fc1 = nnx.Linear(embed_dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden_dim, embed_dim, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = Linear(embed_dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_dim, embed_dim, param_dtype=param_dtype, rngs=rngs)
         self.activation: Activation = activation
 
     def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
@@ -94,7 +94,7 @@ class ClipTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         e, p = config.embed_dim, config.patch_size
-        self.patch_embedding = nnx.Linear(p * p * 3, e, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.patch_embedding = Linear(p * p * 3, e, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.class_embedding = nnx.Param(jnp.zeros((e,), param_dtype))
         self.position_embedding = nnx.Param(jnp.zeros((1 + config.num_patches, e), param_dtype))
         self.pre_layernorm = _layer_norm(config, param_dtype, rngs)
@@ -177,7 +177,7 @@ class Clip(nnx.Module):
     def __init__(self, config: ClipConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.tower = ClipTower(config.vision, stacked=stacked, param_dtype=param_dtype, rngs=rngs)
         self.caption = ClipCaption(config.caption, stacked=stacked, param_dtype=param_dtype, rngs=rngs)
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.visual_projection = linear(config.vision.embed_dim, config.projection_dim)
         self.text_projection = linear(config.caption.embed_dim, config.projection_dim)
         self.logit_scale = nnx.Param(jnp.zeros((), param_dtype))

@@ -1,5 +1,6 @@
-"""A run of equal layers, held as a tuple or as one stack, and the walk through it."""
+"""Linear layers; a run of equal layers, held as a tuple or as one stack, and the walk through it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,19 @@ def as_held(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Ar
     """For nnx.Embed's `promote_dtype`: the table stays in the dtype it is bound in, not the one it was made with."""
     del dtype, inexact
     return arrays
+
+
+def _dot_tokens(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
+    """For nnx.Linear's `dot_general`: a product over the last axis of `x`, all others being one.
+
+    The kernel's gradient then sums over one axis; over two, XLA copies both operands first on CPUs.
+    """
+    del dimension_numbers
+    product = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **settings)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+Linear = functools.partial(nnx.Linear, dot_general=_dot_tokens)
 
 
 def make_layers(make: Callable[[], nnx.Module], num_layers: int, *, stacked: bool) -> nnx.List | nnx.Module:

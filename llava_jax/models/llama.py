@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Remat, as_held, make_layers, run_layers
+from llava_jax.models.layers import Linear, Remat, as_held, make_layers, run_layers
 from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 
 
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TextConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         d, h = config.embed_dim, config.head_dim
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.q_proj = linear(d, config.num_heads * h)
         self.k_proj = linear(d, config.num_kv_heads * h)
         self.v_proj = linear(d, config.num_kv_heads * h)
@@ -142,7 +142,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: TextConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         d, f = config.embed_dim, config.hidden_dim
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.gate_proj = linear(d, f)
         self.up_proj = linear(d, f)
         self.down_proj = linear(f, d)
@@ -185,7 +185,7 @@ class Llama(nnx.Module):
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)
         if not config.tie_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 config.embed_dim, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs
             )
         self.config = config

@@ -6,6 +6,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from llava_jax.models.layers import Linear
+
 
 class Projector(nnx.Module):
     """`identity`, `linear` or `mlpNx_gelu`: linear layers with the exact GELU between them.
@@ -16,7 +18,7 @@ class Projector(nnx.Module):
     def __init__(
         self, vision_dim: int, text_dim: int, depth: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ):
-        linear = functools.partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(Linear, param_dtype=param_dtype, rngs=rngs)
         widths = [vision_dim] + [text_dim] * depth
         self.linear = nnx.List([linear(wide, wide_out) for wide, wide_out in zip(widths, widths[1:], strict=False)])
 

@@ -36,17 +36,18 @@ def cross_entropy(
         b, t, *rest = x.shape
         ordered = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
         padded = jnp.pad(ordered, [(0, 0), (0, short)] + [(0, 0)] * len(rest))
-        return padded.reshape(b, -1, chunk, *rest).swapaxes(0, 1)
+        # The slots of all rows on one axis; see `Linear` of models/layers.py.
+        return padded.reshape(b, -1, chunk, *rest).swapaxes(0, 1).reshape(-1, b * chunk, *rest)
 
     return _sum_chunks(chunks(hidden), head, chunks(targets), chunks(is_target))
 
 
 @jax.custom_vjp
 def _sum_chunks(
-    hidden: Float[Array, "n b c d"],
+    hidden: Float[Array, "n m d"],
     head: Float[Array, "d v"],
-    targets: Int[Array, "n b c"],
-    is_target: Bool[Array, "n b c"],
+    targets: Int[Array, "n m"],
+    is_target: Bool[Array, "n m"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return _walk(hidden, head, targets, is_target, for_hidden=False, for_head=False)[0]
 
@@ -67,10 +68,10 @@ _sum_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _walk(
-    hidden: Float[Array, "n b c d"],
+    hidden: Float[Array, "n m d"],
     head: Float[Array, "d v"],
-    targets: Int[Array, "n b c"],
-    is_target: Bool[Array, "n b c"],
+    targets: Int[Array, "n m"],
+    is_target: Bool[Array, "n m"],
     *,
     for_hidden: bool,
     for_head: bool,
@@ -78,26 +79,26 @@ def _walk(
     """Loss and right answers, and the loss's derivatives by what asks for one."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def look(totals: tuple[Any, Any, Any], hidden_bcd, targets_bc, is_target_bc):
+    def look(totals: tuple[Any, Any, Any], hidden_md, targets_m, is_target_m):
         loss, right, by_head = totals
-        logits = dot("bcd,dv->bcv", hidden_bcd, head)
+        logits = dot("md,dv->mv", hidden_md, head)
         largest = logits.max(axis=-1, keepdims=True)
         powers = jnp.exp(logits - largest)
         mass = powers.sum(axis=-1, keepdims=True)
-        is_picked = jnp.arange(head.shape[1]) == targets_bc[..., None]
+        is_picked = jnp.arange(head.shape[1]) == targets_m[..., None]
         picked = jnp.where(is_picked, logits, 0.0).sum(axis=-1)
         losses = jnp.log(mass[..., 0]) + largest[..., 0] - picked
-        loss += jnp.where(is_target_bc, losses, 0.0).sum()
-        right += ((picked >= largest[..., 0]) & is_target_bc).sum(dtype=jnp.float32)
-        by_logits = jnp.where(is_target_bc[..., None], powers / mass - is_picked, 0.0).astype(hidden.dtype)
-        by_hidden = dot("bcv,dv->bcd", by_logits, head).astype(hidden.dtype) if for_hidden else None
+        loss += jnp.where(is_target_m, losses, 0.0).sum()
+        right += ((picked >= largest[..., 0]) & is_target_m).sum(dtype=jnp.float32)
+        by_logits = jnp.where(is_target_m[..., None], powers / mass - is_picked, 0.0).astype(hidden.dtype)
+        by_hidden = dot("mv,dv->md", by_logits, head).astype(hidden.dtype) if for_hidden else None
         if for_head:
-            by_head += dot("bcd,bcv->dv", hidden_bcd, by_logits)
+            by_head += dot("md,mv->dv", hidden_md, by_logits)
         return (loss, right, by_head), by_hidden
 
-    def skip(totals: tuple[Any, Any, Any], hidden_bcd, targets_bc, is_target_bc):
-        del targets_bc, is_target_bc
-        return totals, jnp.zeros_like(hidden_bcd) if for_hidden else None
+    def skip(totals: tuple[Any, Any, Any], hidden_md, targets_m, is_target_m):
+        del targets_m, is_target_m
+        return totals, jnp.zeros_like(hidden_md) if for_hidden else None
 
     def body(totals: tuple[Any, Any, Any], chunk: tuple[Array, Array, Array]):
         return jax.lax.cond(chunk[2].any(), look, skip, totals, *chunk)
