@@ -48,7 +48,7 @@ def greedy(model: Model, processor: Processor, prompts: list[Prompt]) -> list[An
 def test_the_batch_is_ragged(prompts: list[Prompt]):
     lengths = [len(prompt.tokens) for prompt in prompts]
     assert len(set(lengths)) == 3
-    assert max(lengths) > module.LENGTH_MULTIPLE > min(lengths)
+    assert module.padded(max(lengths)) > module.padded(min(lengths))
     assert [len(prompt.images) for prompt in prompts] == [0, 1, 2]
 
 
@@ -209,10 +209,16 @@ def test_a_row_that_stopped_does_not_stop_the_others(model: Model, processor: Pr
     assert stopped[1] == plain[1]
 
 
+def test_few_lengths_serve_all_and_padding_is_an_eighth_at_most():
+    lengths = range(1, 4097)
+    assert all(0 <= module.padded(n) - n <= max(15, n / 8) for n in lengths)
+    assert len({module.padded(n) for n in lengths}) == 8 + 5 * 8
+
+
 def test_padding_is_on_the_right_and_missing_pictures_land_nowhere(prompts: list[Prompt]):
     inputs = pad_prompts(prompts)
     b, t = inputs.tokens.shape
-    assert (b, t % module.LENGTH_MULTIPLE) == (3, 0)
+    assert (b, t) == (3, module.padded(max(len(prompt.tokens) for prompt in prompts)))
     assert inputs.lengths.tolist() == [len(prompt.tokens) for prompt in prompts]
     assert inputs.images.shape == (3, 2, 8, 8, 3)
     assert (np.asarray(inputs.tokens) >= 0).all()
