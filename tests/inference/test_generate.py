@@ -77,7 +77,10 @@ def test_a_sampled_answer_depends_on_its_own_seed_alone(model: Model, processor:
 def test_the_cache_gives_what_computing_everything_anew_does(model: Model, prompts: list[Prompt], greedy: list[Answer]):
     """Teacher-forced on the whole answer, every token is the largest logit of a forward pass without a cache."""
     inputs = pad_prompts(prompts)
-    tokens = np.array(inputs.tokens)
+    tokens = np.pad(inputs.tokens, ((0, 0), (0, 24)))
+    slots = np.asarray(inputs.patch_slots)
+    # What lands nowhere does so past the end.
+    slots = np.where(slots < inputs.tokens.shape[1], slots, slots + 24)
     for row, (prompt, answer) in enumerate(zip(prompts, greedy, strict=True)):
         start = len(prompt.tokens)
         tokens[row, start : start + len(answer.token_ids)] = answer.token_ids
@@ -88,7 +91,8 @@ def test_the_cache_gives_what_computing_everything_anew_does(model: Model, promp
         positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1]), inputs.tokens.shape)
         return llava(inputs.tokens, inputs.images, inputs.patch_slots, positions) @ llava.decoder.head()
 
-    best = np.asarray(logits(model.params, inputs._replace(tokens=jnp.asarray(tokens))).argmax(-1))
+    inputs = inputs._replace(tokens=jnp.asarray(tokens), patch_slots=jnp.asarray(slots))
+    best = np.asarray(logits(model.params, inputs).argmax(-1))
     for row, (prompt, answer) in enumerate(zip(prompts, greedy, strict=True)):
         start = len(prompt.tokens) - 1
         assert best[row, start : start + len(answer.token_ids)].tolist() == answer.token_ids
