@@ -20,6 +20,10 @@ from llava_jax.models.llama import NOWHERE, Cache, empty_cache
 from llava_jax.models.llava import Llava
 from llava_jax.models.parameters import Parameters, bind
 
+# Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
+CACHE_MULTIPLE = 64
+# XLA's own products on CPUs, not YNNPACK's, which takes twice as long for the few rows of a step of decoding.
+FEW_ROWS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # Tokens between two looks at what came out: for stop strings, and for a reader of the stream.
 CHUNK = 16
 
@@ -154,8 +158,9 @@ def _decode(
     )
     stop_ids = (processor.tokenizer.eos_id,)
     static = {"graphdef": model.graphdef, "is_greedy": sampling.temperature == 0.0, "stop_ids": stop_ids}
-    length = padded(inputs.tokens.shape[1] + sampling.max_new_tokens)
-    state = _prefill(model.params, inputs, choose, cache_length=length, **static)
+    length = -(-(inputs.tokens.shape[1] + sampling.max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    prefill, advance = _programs(jax.default_backend())
+    state = prefill(model.params, inputs, choose, cache_length=length, **static)
     texts: list[list[int]] = [[] for _ in prompts]
     rows_done = np.zeros(len(prompts), bool)
     new = np.asarray(state.token)[:, None]
@@ -179,7 +184,7 @@ def _decode(
         if steps == 0 or rows_done.all():
             return
         state = state._replace(is_done=jnp.asarray(rows_done))
-        state, new = _advance(model.params, state, choose, jnp.int32(steps), **static)
+        state, new = advance(model.params, state, choose, jnp.int32(steps), **static)
         count += steps
         new = np.asarray(new)[:, :steps]
 
@@ -229,7 +234,31 @@ class _Choice(NamedTuple):
     keys: Key[Array, " b"]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids"))
+class _Programs(NamedTuple):
+    prefill: jax.stages.Wrapped
+    advance: jax.stages.Wrapped
+
+
+@functools.cache
+def _programs(platform: str) -> _Programs:
+    """`_prefill` and `_advance`, to be compiled as suits the platform."""
+    options = FEW_ROWS if platform == "cpu" and _is_known(FEW_ROWS) else None
+    compiled = functools.partial(jax.jit, compiler_options=options)
+    return _Programs(
+        compiled(_prefill, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids")),
+        compiled(_advance, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)),
+    )
+
+
+def _is_known(options: dict[str, str]) -> bool:
+    """Whether this version of XLA has the options."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def _prefill(
     params: Parameters,
     inputs: Inputs,
@@ -255,7 +284,6 @@ def _prefill(
     return State(cache, token, inputs.lengths, count + 1, _is_stop(token, stop_ids))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",))
 def _advance(
     params: Parameters,
     state: State,

@@ -384,7 +384,7 @@ def test_answers_of_any_length_and_streams_share_a_compilation(
     model: Model, processor: Processor, prompts: list[Prompt]
 ):
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=24))
-    compiled = module._advance._cache_size()
+    compiled = module._programs("cpu").advance._cache_size()
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=9))
     list(stream(model, processor, prompts[0], Sampling(max_new_tokens=20)))
-    assert module._advance._cache_size() == compiled
+    assert module._programs("cpu").advance._cache_size() == compiled
