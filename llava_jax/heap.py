@@ -1,4 +1,4 @@
-"""The heap of a process that computes on a CPU."""
+"""The heap of a process on a machine without accelerators."""
 
 import os
 import sys
@@ -18,8 +18,11 @@ def keep_freed_memory(accelerators: Iterable[str] = ACCELERATORS) -> None:
     """Starts this process again with a heap that keeps what XLA frees, unless the machine has accelerators.
 
     On a CPU every step allocates its temporaries anew, and the kernel clears each page of them again; see
-    docs/performance.md. Only a variable that is there when the process starts can change that.
+    docs/performance.md. Only a variable that is there when the process starts can change that; processes that it
+    starts inherit it.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not any(map(glob, accelerators)):
-        os.environ["GLIBC_TUNABLES"] = HEAP
+    # A second mark, of our own: a program that is started without variables like this would start for ever.
+    is_set = "GLIBC_TUNABLES" in os.environ or "LLAVA_JAX_HEAP" in os.environ
+    if sys.platform == "linux" and not is_set and not any(map(glob, accelerators)):
+        os.environ |= {"GLIBC_TUNABLES": HEAP, "LLAVA_JAX_HEAP": "kept"}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

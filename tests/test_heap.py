@@ -28,7 +28,9 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
     ids=["restarts", "has an accelerator", "has a value"],
 )
 def test_a_process_restarts_with_the_larger_heap(accelerators: tuple[str, ...], given: str | None, says: str):
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "LLAVA_JAX_HEAP")
+    }
     environment |= {"GLIBC_TUNABLES": given} if given else {}
     command = [sys.executable, "-c", CODE.format(accelerators=accelerators), "a b", "--c"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

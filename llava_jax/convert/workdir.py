@@ -32,8 +32,8 @@ AnyPath = Path | epath.Path
 FROZEN = "frozen"
 STEPS = "checkpoints"
 EMBEDDING = "decoder.embed_tokens.embedding"
-# Bytes of small arrays that are read at once.
-GROUP = 64 * 2**20
+# Small arrays are read together, so many bytes at a time.
+GROUP_BYTES = 64 * 2**20
 # The resolved config of a run, flat.
 CONFIG = "config.json"
 
@@ -103,7 +103,7 @@ class _SavedTree:
     def fingerprints(self) -> dict[str, str]:
         """Of every array, each read once and none kept; many small ones at a time, as every reading costs its own."""
         ends = itertools.accumulate(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves.values())
-        groups = itertools.groupby(zip(self.leaves, ends, strict=True), key=lambda place: place[1] // GROUP)
+        groups = itertools.groupby(zip(self.leaves, ends, strict=True), key=lambda place: place[1] // GROUP_BYTES)
         found: dict[str, str] = {}
         for _, places in groups:
             found |= fingerprints(self.read(*(name for name, _ in places)))
@@ -123,7 +123,7 @@ class _SavedTree:
 
 
 def _naming(workdir: str) -> contextlib.AbstractContextManager[None]:
-    return named_errors(f"{workdir!r} could not be read", "Train it again or take another folder.")
+    return named_errors(f"{workdir!r} could not be read", "Train it again or take another folder.", Damaged)
 
 
 def saved_steps(root: Path) -> list[int]:

@@ -20,15 +20,16 @@ def as_held(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Ar
 
 
 def _dot_tokens(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
-    """For nnx.Linear's `dot_general`: a product over the last axis of `x`, all others being one.
+    """For nnx.Linear's `dot_general`: a product over the last axis of `x`, its other axes merged into one.
 
     The kernel's gradient then sums over one axis; over two, XLA copies both operands first on CPUs.
     """
     del dimension_numbers
     product = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **settings)
-    return product.reshape(*x.shape[:-1], -1)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+# Every linear layer of the networks, except where its kernel is quantized or adapted.
 Linear = functools.partial(nnx.Linear, dot_general=_dot_tokens)
 
 

@@ -68,7 +68,9 @@ class AdaptedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         thin = _drop(x, self.lora_dropout[...], self.config.dropout) if self.config.dropout else x
         whole = multiply(x, self.codes[...], self.absmax[...]) if self.is_quantized else x @ self.kernel[...]
-        return whole + self.config.scale * (thin @ self.lora_a[...]) @ self.lora_b[...]
+        # Tokens on one axis; see `Linear` of layers.py.
+        change = (thin.reshape(-1, x.shape[-1]) @ self.lora_a[...]) @ self.lora_b[...]
+        return whole + self.config.scale * change.reshape(whole.shape)
 
 
 def adapt(decoder: Llama, config: LoraConfig) -> None:

@@ -57,8 +57,11 @@ class Mirror:
 
         with self._lock, named_errors(f"{self.workdir} could not be written", "Older steps are intact."):
             for path in sorted(Path(self.folder).rglob("*")):
+                # Others write here too: a file may be gone by now, or a link lead nowhere.
+                if not path.is_file() or path.suffix == ".tmp":
+                    continue
                 look = _look(path)
-                if path.is_file() and path.suffix != ".tmp" and self._carried.get(str(path)) != look:
+                if self._carried.get(str(path)) != look:
                     (epath.Path(self.workdir) / str(path.relative_to(self.folder))).write_bytes(path.read_bytes())
                     self._carried[str(path)] = look
 

@@ -112,6 +112,7 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
             found = read_part(source, name, config.model)
             expected = {n: v for n, v in structure(config.model)[1].items() if part(n) == name}
             check_parameters(found, expected, f"init.{name}={source}")
+            _check_same_source(name, source, found)
             values |= found
     for name, value in layout.parameters.items():
         if is_adapter(name):
@@ -128,12 +129,24 @@ def fresh_state(layout: Layout, optimizer: optax.GradientTransformation, checkpo
     return State(step=0, trainable=trainable, frozen=frozen, opt_state=make(trainable))
 
 
+def _check_same_source(name: str, source: str, found: Mapping[str, Any]) -> None:
+    """Every process opens its own copy, and one may be older: compared by the part's vectors, which are quick to read.
+
+    Raises:
+      UserError: the copies differ.
+    """
+    if processes.are_several():
+        vectors = (np.asarray(value[...]).tobytes() for _, value in sorted(found.items()) if len(value.shape) == 1)
+        processes.check_same(f"init/{name}", str(zlib.crc32(b"".join(vectors))), f"weights in init.{name}={source}")
+
+
 def resumed_state(layout: Layout, checkpoints: Checkpoints, check: Callable[[Mapping[str, Any]], None]) -> State | None:
     """The state at the newest good step, or None where no step was saved; `check` refuses another run's position.
 
     A damaged step is put aside, with a warning, once an older one turned out to be good.
     """
     damaged: dict[int, str] = {}
+    processes.check_same("steps", repr(checkpoints.steps()), "saved steps in --workdir, a folder that all share")
     for step in checkpoints.steps():
         restored, reason = None, f"Another process found step {step} damaged."
         try:
