@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks.grouping import group_by_modality_length
 from benchmarks.report import arguments, in_turns, publish, rate, ratio
-from llava_jax.heap import keep_freed_memory
 
 
 class Job(NamedTuple):
@@ -45,9 +44,6 @@ DEVICES = 8
 
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
-    if chosen.device == "cpu":
-        # As `llava-jax train` does; the peer shares the process.
-        keep_freed_memory(())
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import torch
