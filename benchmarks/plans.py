@@ -74,10 +74,11 @@ def _report(plans: dict[str, Any]) -> str:
                 "fits": "yes" if plan["fits"] else "no",
                 "step takes at least": f"{bound['seconds']:.2f} s",
                 "MFU at most": f"{plan['mfu_ceiling']:.0%}",
+                "compiled": plan["date"],
             }
         )
         links.append({"plan": f"`{what}`"} | _traffic(plan["collectives"]))
-    methods = sorted({f"{plan['method']} ({plan['date']})" for plan in plans.values()})
+    methods = sorted({plan["method"] for plan in plans.values()})
     return f"""# Plans: what fits where
 
 What the TPU compiler says on a CPU, {", ".join(methods)}: `python -m benchmarks.plans`, a row being the output of
@@ -85,7 +86,7 @@ What the TPU compiler says on a CPU, {", ".join(methods)}: `python -m benchmarks
 record is assumed, as the data are not there to be packed; with packing a step has fewer rows. All devices are on the
 mesh's `fsdp` axis. GiB of one chip; total = arguments + outputs - aliased + temporaries + code, all of which the
 compiler lays out itself; if that is more, arguments + the copy that a save makes of what is trained. `MFU at most`
-follows from the lower bound of the step's time: it is no estimate of either.
+follows from the lower bound of the step's time: it is no estimate of either. A row is of the code of its day.
 
 {as_table(rows)}
 
