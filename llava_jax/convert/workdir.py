@@ -123,7 +123,7 @@ class _SavedTree:
 
 
 def _naming(workdir: str) -> contextlib.AbstractContextManager[None]:
-    return named_errors(f"{workdir!r} could not be read", "Train it again or take another folder.", Damaged)
+    return named_errors(f"{workdir!r} could not be read", "Put it back from a copy.", Damaged)
 
 
 def saved_steps(root: Path) -> list[int]:

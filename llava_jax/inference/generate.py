@@ -22,7 +22,7 @@ from llava_jax.models.parameters import Parameters, bind
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
 CACHE_MULTIPLE = 64
-# XLA's own products on CPUs, not YNNPACK's, which takes twice as long for the few rows of a step of decoding.
+# XLA's own products on CPUs, not YNNPACK's, which take longer for the few rows of a step of decoding.
 FEW_ROWS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # Tokens between two looks at what came out: for stop strings, and for a reader of the stream.
 CHUNK = 16

@@ -22,7 +22,7 @@ def as_held(arrays: Arrays, /, *, dtype: Any = None, inexact: bool = True) -> Ar
 def _dot_tokens(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
     """For nnx.Linear's `dot_general`: a product over the last axis of `x`, its other axes merged into one.
 
-    The kernel's gradient then sums over one axis; over two, XLA copies both operands first on CPUs.
+    The kernel's gradient then sums over one axis; over two, XLA copies operands first on CPUs.
     """
     del dimension_numbers
     product = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **settings)

@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,9 @@ from llava_jax.train.sharding import make_constrain, make_mesh
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 EVERY = "checkpoint_every=2"
-# Every process that a test has started; tests/train/conftest.py ends those that it leaves behind.
-STARTED: list[subprocess.Popen] = []
+# Every process that a test has started, with its standard output and error: files, as a pipe that is read late blocks
+# its writer. tests/train/conftest.py ends the processes that a test leaves behind.
+STARTED: dict[subprocess.Popen, tuple[IO[str], IO[str]]] = {}
 STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py", "lora": "configs/debug_lora.py"}
 
 
@@ -49,25 +52,29 @@ def start(
     workdir: Path, *overrides: str, cache: Path | None = None, config: str = STAGES["stage2"], **more: str
 ) -> subprocess.Popen:
     """In a session of its own, so that a test can signal its whole process group."""
+    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 - closed with the process
     process = subprocess.Popen(
         command(workdir, *overrides, config=config),
         cwd=ROOT,
         env=environment(cache, **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stdout=out,
+        stderr=err,
         start_new_session=True,
     )
-    STARTED.append(process)
+    STARTED[process] = out, err
     return process
 
 
 def wait(process: subprocess.Popen, timeout: float = 900) -> subprocess.CompletedProcess:
     try:
-        out, err = process.communicate(timeout=timeout)
+        process.wait(timeout)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    texts = []
+    for file in STARTED[process]:
+        file.seek(0)
+        texts.append(file.read())
+    return subprocess.CompletedProcess(process.args, process.returncode, *texts)
 
 
 def finish(workdir: Path, *overrides: str, **settings) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -175,3 +176,16 @@ def test_processes_that_differ_are_refused(tmp_path: Path, cache: Path, override
         result = wait(process)
         assert result.returncode == 2, result.stderr
         assert f"must have the same {says}" in result.stderr
+
+
+@pytest.mark.nightly
+def test_processes_that_open_other_weights_are_refused(tmp_path: Path, reference: Path, cache: Path):
+    """One has an older copy of the earlier stage's workdir."""
+    older = Path(shutil.copytree(reference, tmp_path / "older"))
+    shutil.rmtree(older / "checkpoints" / str(STEPS))
+    settings = (EVERY, f"init.projector={reference}")
+    last = (f"init.projector={older}",)
+    for process in start_several(tmp_path / "run", 2, *settings, cache=cache, last=last):
+        result = wait(process)
+        assert result.returncode == 2, result.stderr
+        assert "must have the same weights in init.projector" in result.stderr
