@@ -19,6 +19,7 @@ GIB = 2**30
 # Config, topology, overrides: the slices that recipes are meant for, and smaller ones to try.
 PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_pretrain_7b", "v5e:4x4", ()),
+    ("llava15_pretrain_7b", "v5e:2x2", ("accumulation=32",)),
     ("llava15_finetune_7b", "v5e:8x8", ()),
     ("llava15_finetune_7b", "v5e:4x4", ("accumulation=8",)),
     ("llava15_finetune_7b", "v6e:4x8", ()),
@@ -27,6 +28,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_finetune_13b", "v5e:4x8", ("accumulation=4",)),
     ("llava16_finetune_34b", "v6e:16x16", ()),
     ("llava16_finetune_34b", "v5p:4x4x8", ()),
+    ("llava16_finetune_34b", "v5p:2x2x4", ("accumulation=8",)),
     ("llava16_finetune_34b", "v6e:4x8", ("accumulation=4",)),
 )
 
