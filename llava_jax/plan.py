@@ -94,7 +94,9 @@ def _devices(topology: str) -> list[Any] | int:
     if find_spec("libtpu") is None:
         raise UserError("The TPU compiler, libtpu, is not installed. Run pip install -e '.[plan]'.")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        # A v4 chip is one device ("megacore"), as programs on it see it; the library's default has two.
+        chip = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
     except Exception as error:
         # The library raises what its parts raise.
         text = (str(error).splitlines() or [repr(error)])[0]

@@ -9,9 +9,11 @@ from importlib.util import find_spec
 
 import pytest
 
+from llava_jax.chips import TPUS
 from llava_jax.errors import UserError
-from llava_jax.plan import as_text, plan, too_large
-from llava_jax.train.config import TrainConfig, apply_override, load_config
+from llava_jax.plan import _devices, as_text, plan, too_large
+from llava_jax.train.config import MeshConfig, TrainConfig, apply_override, load_config
+from llava_jax.train.sharding import make_mesh
 from tests.train.runs import ROOT
 
 HAS_COMPILER = find_spec("libtpu") is not None
@@ -138,6 +140,9 @@ def test_adapters_need_no_gradients_of_what_they_adapt(shallow: TrainConfig):
     whole = plan(shallow, "h100:8")
     assert adapted.bytes_per_chip["gradients"] < whole.bytes_per_chip["gradients"] / 5
     assert 0.6 < adapted.flops / whole.flops < 0.9
+    quantized = plan(_config("llava15_finetune_qlora_7b", *SHALLOW), "h100:1")
+    assert quantized.flops < adapted.flops * 1.01
+    assert quantized.flops <= quantized.executed_flops
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
@@ -162,6 +167,12 @@ def test_a_tpu_plan_compiles_the_step():
     assert size["aliased"] > 0, "the state is not donated"
     assert {tuple(c["axes"]) for c in found["collectives"]} == {("fsdp",)}
     assert 0 < found["mfu_ceiling"] < 1
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
+@pytest.mark.parametrize("name", TPUS)
+def test_the_devices_of_every_kind_make_a_mesh(name: str):
+    assert make_mesh(MeshConfig(), _devices(f"{name}:2x2x1" if name in ("v4", "v5p", "tpu7x") else f"{name}:2x2")).size
 
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the TPU compiler is installed")

@@ -130,7 +130,7 @@ def _size(records: Records, rows: RowFormat, needs: Needs, record: int) -> tuple
 def _fingerprint(mix: Mix, rows: RowFormat, needs: Needs) -> str:
     # Templates hold functions, whose repr has an address; their fields' values are what matters.
     shape = json.dumps(dataclasses.asdict(rows), default=lambda value: value.__qualname__, sort_keys=True)
-    looks = (needs.tokenizer.fingerprint(), needs.image_size, needs.num_features)
+    looks = (needs.tokenizer.fingerprint(), needs.image_size, needs.num_features, needs.max_positions)
     words = (INDEX_VERSION, fingerprint_mix(mix), shape, *looks)
     return hashlib.sha256(repr(words).encode()).hexdigest()
 

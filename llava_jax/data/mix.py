@@ -65,6 +65,8 @@ class Mix:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("A mix must have at least one part; got none.")
+        if self.seed < 0:
+            raise ValueError(f"The seed of a mix must be at least 0; got {self.seed}.")
 
 
 Choice = str | Tfds | Mix

@@ -36,12 +36,16 @@ class Size(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What turning records into arrays needs to know of the run; a tile has `num_features` patches."""
+    """What turning records into arrays needs to know of the run.
+
+    A tile has `num_features` patches; the decoder knows `max_positions` (None where it does not matter).
+    """
 
     tokenizer: Tokenizer
     image_root: str
     image_size: int
     num_features: int
+    max_positions: int | None = None
 
 
 class Example(NamedTuple):
@@ -109,6 +113,8 @@ class Conversations:
         for image in images:
             image.close()
         text = self.tokenize(record, layouts, needs)
+        if needs.max_positions is not None and len(text.tokens) > needs.max_positions:
+            raise Refused("too long", f"{len(text.tokens)} tokens; the decoder has {needs.max_positions} positions")
         return Size(len(text.tokens), _num_tiles(layouts[: _num_placed(text, layouts)]))
 
     def tokenize(self, record: Record, layouts: Sequence[Layout], needs: Needs) -> Tokenized:

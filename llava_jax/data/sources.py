@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from llava_jax.errors import DataError, Refused
 
 # How much of both ends of a large file decides its fingerprint: its footer, which says where every record lies.
 END_BYTES = 1 << 20
+# A split's name in the path of a file, as Hugging Face and TFDS write it.
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-])")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,16 @@ def _find_files(source: str) -> list[str]:
         raise DataError(f"data.records must name a file or folder of records; got {source!r}, which does not exist.")
     files = sorted(map(str, path.rglob("*.parquet"))) or sorted(map(str, filter(_is_array_record, path.iterdir())))
     if not files:
-        raise DataError(f"A folder of records must hold *.parquet or *.array_record files; {source!r} holds none.")
+        raise DataError(
+            f"A folder of records must hold *.parquet or *.array_record files; {source!r} holds none. What "
+            "save_to_disk of datasets wrote becomes one by to_parquet."
+        )
+    splits = {found[1] for file in files if (found := _SPLIT.search(file.removeprefix(source).lower()))}
+    if len(splits) > 1:
+        raise DataError(
+            f"A folder of records must hold one split; {source!r} has files of {', '.join(sorted(splits))}. Give each "
+            "a folder of its own and name the one to read."
+        )
     return files
 
 

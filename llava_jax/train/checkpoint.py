@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import Array, Bool
 from orbax.checkpoint import checkpoint_managers
 
 from llava_jax.convert.integrity import Damaged, compare, digest, fingerprints
@@ -23,6 +25,7 @@ from llava_jax.convert.workdir import (
     restore_tree,
     tree_shapes,
 )
+from llava_jax.errors import NumericsError
 from llava_jax.models.parameters import Parameters
 from llava_jax.train import processes
 from llava_jax.train.mirror import is_remote, move
@@ -71,6 +74,7 @@ class Checkpoints:
 
     def rehearse(self, trainable: Parameters, opt_state: Any) -> None:
         """Compiles what a save computes: the first one, which SIGTERM may ask for, waits for no compiler."""
+        _check_finite((trainable, opt_state), "what a run begins with")
         fingerprints((trainable, opt_state))
 
     def save(
@@ -82,7 +86,12 @@ class Checkpoints:
         *,
         eval_loss: float | None = None,
     ) -> None:
-        """Copies the arrays off the devices and goes on; they are written behind the loop's back."""
+        """Copies the arrays off the devices and goes on; they are written behind the loop's back.
+
+        Raises:
+          NumericsError: a value is not finite.
+        """
+        _check_finite((trainable, opt_state), f"step {step}")
         with named_errors(
             f"step {step} of {self.steps_path} could not be written", "Free space; older steps are intact."
         ):
@@ -181,3 +190,20 @@ class Checkpoints:
 
 def _eval_loss(metrics: Mapping[str, float]) -> float:
     return metrics["eval_loss"]
+
+
+def _check_finite(trees: Any, what: str) -> None:
+    """A finite loss and gradient do not make a finite update, if a rate is too large for a number to hold."""
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    flags = jax.device_get(_are_finite(trees))
+    bad = [jax.tree_util.keystr(path) for (path, _), ok in zip(leaves, flags, strict=True) if not ok]
+    if bad:
+        raise NumericsError(
+            f"What is saved must be finite; {what} is not in {', '.join(bad[:3])}. It was not saved. Lower "
+            "optim.learning_rate."
+        )
+
+
+@jax.jit
+def _are_finite(trees: Any) -> list[Bool[Array, ""]]:
+    return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]

@@ -77,7 +77,8 @@ class OptimConfig:
             "clip_norm": (1.0 if self.clip_norm is None else self.clip_norm, math.ulp(0.0), math.inf),
             "b1": (self.b1, 0.0, 1.0),
             "b2": (self.b2, 0.0, 1.0),
-            "eps": (self.eps, 0.0, math.inf),
+            # With less, an update by a gradient of 0 would be 0/0.
+            "eps": (self.eps, 2.0**-126, math.inf),
         }
         for name, (value, low, high) in bounds.items():
             if not low <= value < high:

@@ -14,11 +14,13 @@ from llava_jax.train.mirror import is_remote
 PROBE_BYTES = 64 << 20
 # What spot machines grant at least: 15 seconds on GKE, 30 on Compute Engine.
 GRACE_SECONDS = 15.0
+# Bytes a second of the slowest disk that a run is patient with.
+SLOWEST_DISK = 5e6
 
 
 def save_forecast(workdir: str, trees: Any) -> str:
     """One sentence on the bytes of a checkpoint, the speed that a probe wrote with, and the grace it needs."""
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) // processes.count()
+    num_bytes = _bytes_per_process(trees)
     probe = bytes(min(num_bytes, PROBE_BYTES))
     start = time.perf_counter()
     if is_remote(workdir):
@@ -39,3 +41,12 @@ def save_forecast(workdir: str, trees: Any) -> str:
         f"a save writes {num_bytes / 1e6:,.1f} MB a process, {seconds:.1f} s at the {speed / 1e6:,.0f} MB/s measured; "
         f"the grace period after SIGTERM must be longer (spot machines: {GRACE_SECONDS:.0f} to 30 s){warning}"
     )
+
+
+def longest_save(trees: Any) -> float:
+    """Seconds after which a save will not end any more."""
+    return _bytes_per_process(trees) / SLOWEST_DISK
+
+
+def _bytes_per_process(trees: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) // processes.count()

@@ -17,7 +17,7 @@ from llava_jax.train.checkpoint import Checkpoints
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.evaluation import HeldOut, check_evaluation
 from llava_jax.train.flops import seconds_at_peak
-from llava_jax.train.forecast import save_forecast
+from llava_jax.train.forecast import longest_save, save_forecast
 from llava_jax.train.goodput import Clock
 from llava_jax.train.identity import check_same_run, config_hash, describe
 from llava_jax.train.lock import only_run
@@ -45,7 +45,8 @@ def train(config: TrainConfig, workdir: str, *, name: str = "train") -> None:
     """
     check_evaluation(config)
     processes.begin_run()
-    with mirrored(workdir) as mirror, only_run(mirror), RunRecord(mirror) as record:
+    # Twice: the run's record must see an error with its exit code, and may itself be what finds no room.
+    with named_shortage(workdir), mirrored(workdir) as mirror, only_run(mirror), RunRecord(mirror) as record:
         stop = Stop(record)
         with (
             stop.listening(),
@@ -96,6 +97,7 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
         held_out = HeldOut(config, needs, workdir, mesh, rows_per_step=plan.rows_per_step)
     clock.lap("start")
     first_step = state.step
+    save_seconds = longest_save((state.trainable, state.opt_state))
     report = Report(config, mirror, name, clock, first_step=first_step, num_steps=plan.num_steps)
     compiled = None
     with (
@@ -136,16 +138,20 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
                 trainable, opt_state = saved_trees(layout, state)
                 # Before the step itself becomes visible: a saved step has the metrics of all steps before it.
                 mirror.carry()
-                saved.save(state.step, trainable, opt_state, position, eval_loss=eval_loss)
+                # Which waits for the save before, if that is still being written.
+                with watchdog.patient(save_seconds):
+                    saved.save(state.step, trainable, opt_state, position, eval_loss=eval_loss)
                 # Copies, where layers are stacked in memory: the next steps need their room.
                 del trainable, opt_state
                 record.step = state.step
                 watchdog.beat()
                 clock.lap("save")
             if stopping and not is_last:
-                saved.wait()
+                with watchdog.patient(save_seconds):
+                    saved.wait()
                 raise Preempted(f"SIGTERM at step {state.step} of {plan.num_steps}: saved; run the same command again.")
-        saved.wait()
+        with watchdog.patient(save_seconds):
+            saved.wait()
         clock.lap("save")
 
 
@@ -166,6 +172,7 @@ def data_needs(config: TrainConfig) -> Needs:
         image_root=data.image_root,
         image_size=model.vision.image_size,
         num_features=model.num_features if isinstance(model, LlavaConfig) else model.vision.num_patches,
+        max_positions=model.text.max_positions if isinstance(model, LlavaConfig) else None,
     )
 
 

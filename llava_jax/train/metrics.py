@@ -156,6 +156,7 @@ class Report:
     ):
         self._factor = make_schedule(config.optim, num_steps)
         self._log_every = config.log_every
+        self._replaced = 0
         is_first = processes.is_first()
         project = config.life.wandb_project
         run_name = Path(mirror.workdir).name
@@ -173,13 +174,19 @@ class Report:
         self.stop_votes = 0.0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self.flush()
+        """Takes a step's numbers, and writes those of the step before if it is one of every `log_every`."""
+        if self._pending is not None:
+            self._fetch(is_written=self._pending[0] % self._log_every == 0)
         self._pending = step, metrics
 
     def flush(self, **more: float) -> None:
-        """Writes the pending step, `more` beside it; raises `NumericsError` if it was not finite."""
-        if self._pending is None:
-            return
+        """Writes the pending step, `more` beside it: what is saved, and what ends a run, has its line."""
+        if self._pending is not None:
+            self._fetch(is_written=True, **more)
+
+    def _fetch(self, *, is_written: bool, **more: float) -> None:
+        """Raises `NumericsError` if the pending step was not finite."""
+        assert self._pending is not None
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -193,19 +200,23 @@ class Report:
                 "or look at its records."
             )
         self.num_replaced += int(values["replaced"])
+        self._replaced += int(values["replaced"])
         mfu = None if self.seconds_at_peak is None else self.seconds_at_peak / seconds
-        line = values | {
-            "learning_rate": self._factor(step),
-            "seconds": round(seconds, 6),
-            **({} if mfu is None else {"mfu": round(mfu, 6)}),
-            **{f"seconds_{name}": round(value, 6) for name, value in self._clock.take().items()},
-            # The sum, modulo 2^32, of the checksums of all rows on all hosts.
-            "records": f"{int(values['records']):08x}",
-            "replaced": int(values["replaced"]),
-            **more,
-        }
-        if self._log is not None and step % self._log_every == 0:
-            self._log.write(step, line)
+        if is_written:
+            # Of buckets and replaced records, all since the line before.
+            line = values | {
+                "learning_rate": self._factor(step),
+                "seconds": round(seconds, 6),
+                **({} if mfu is None else {"mfu": round(mfu, 6)}),
+                **{f"seconds_{name}": round(value, 6) for name, value in self._clock.take().items()},
+                # The sum, modulo 2^32, of the checksums of all rows on all hosts.
+                "records": f"{int(values['records']):08x}",
+                "replaced": self._replaced,
+                **more,
+            }
+            self._replaced = 0
+            if self._log is not None:
+                self._log.write(step, line)
         if self._progress is not None:
             self._progress.update(step, loss=values["loss"], tokens_per_second=values["tokens"] / seconds, mfu=mfu)
 

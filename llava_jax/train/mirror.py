@@ -10,10 +10,13 @@ from pathlib import Path
 
 from llava_jax.convert.workdir import AnyPath, named_errors
 from llava_jax.errors import CheckpointError, UserError
+from llava_jax.train import processes
 
 BUCKET = "gs://"
 # What a continued run reads; the rest is written anew, or by Orbax.
 READ_BACK = ("config.json", "metrics.jsonl", "wandb_id", "cache")
+# What every run leaves, and what it would write over.
+OWN, WRITTEN = ("run.json", "checkpoints"), ("config.json", "model.json", "tokenizer", "metrics.jsonl")
 
 
 class Mirror:
@@ -87,24 +90,40 @@ def mirrored(workdir: str) -> Iterator[Mirror]:
 
     Raises:
       UserError: this kind of address is unknown, or the packages for it are not installed.
-      CheckpointError: it cannot be read or written.
+      CheckpointError: it cannot be read or written, or holds somebody else's files.
     """
+    if not workdir:
+        raise UserError("--workdir must name a folder; got ''.")
     if not is_remote(workdir):
         if "://" in workdir:
             raise UserError(f"--workdir must be a folder or {BUCKET}BUCKET/NAME; got {workdir!r}.")
         make_folder(workdir)
+        _check_own(Path(workdir))
         yield Mirror(workdir, workdir)
         return
     if find_spec("gcsfs") is None:
         raise UserError(f"A workdir on {BUCKET} needs one more package. Run pip install -e '.[gcs]'.")
+    from etils import epath
     from fsspec import config
 
     # TensorStore writes beside gcsfs, whose memory of what is in a folder would be wrong.
     config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     with tempfile.TemporaryDirectory(prefix="llava_jax_") as folder:
         mirror = Mirror(folder, workdir.rstrip("/"))
+        with named_errors(f"{workdir} could not be read", "Check its name and your credentials."):
+            _check_own(epath.Path(workdir))
         mirror.fetch()
         yield mirror
+
+
+def _check_own(workdir: AnyPath) -> None:
+    """Refuses a folder of another kind, such as a model's, whose files a run would write over."""
+    if processes.is_first() and not any((workdir / name).exists() for name in OWN):
+        for name in WRITTEN:
+            if (workdir / name).exists():
+                raise CheckpointError(
+                    f"--workdir must be new or hold a run; {str(workdir)!r} has a {name} and no {OWN[0]}. Name another."
+                )
 
 
 def make_folder(workdir: str) -> None:

@@ -48,7 +48,11 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (by default all), with the compiler choosing layouts between our constraints."""
-    sizes = mesh_sizes(config, len(jax.devices() if devices is None else devices))
+    devices = jax.devices() if devices is None else devices
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise ValueError(f"A run takes one TPU slice; got {len(slices)}. Start it on one, of more chips if need be.")
+    sizes = mesh_sizes(config, len(devices))
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 

@@ -24,6 +24,7 @@ class Watchdog:
         self._seconds, self._end_process = seconds, end_process
         self._stacks = Path(workdir, f"stacks-{processes.index()}.txt")
         self._last: float | None = None
+        self._more = 0.0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -36,6 +37,14 @@ class Watchdog:
         """Expects no sign of life inside the block."""
         self._last = None
         yield
+        self.beat()
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Waits so much longer for a sign of life inside the block."""
+        self._more = seconds
+        yield
+        self._more = 0.0
         self.beat()
 
     def __enter__(self) -> "Watchdog":
@@ -54,7 +63,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._is_over.wait(min(1.0, self._seconds / 4)):
             silence = 0.0 if self._last is None else time.monotonic() - self._last
-            if silence > self._seconds:
+            if silence > self._seconds + self._more:
                 faulthandler.dump_traceback(sys.stderr)
                 processes.try_for_a_while(self._leave_stacks)
                 self._end_process(

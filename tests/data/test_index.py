@@ -80,6 +80,14 @@ def test_sizes_are_those_of_the_records(copied: Path, needs: Needs):
         assert index.size(number) == ROWS.measure(index.records[number], _needs(copied))
 
 
+def test_what_the_decoder_has_no_positions_for_is_refused(copied: Path):
+    longest = int(_load(copied).tokens.max())
+    assert _load(copied, max_positions=longest).counts() == {}
+    shorter = _load(copied, max_positions=longest - 1)
+    assert shorter.counts()["too long"] >= 1
+    assert shorter.tokens.max() < longest
+
+
 def _spoil(copied: Path, *numbers: int) -> None:
     records = json.loads((copied / "records.json").read_text())
     for number in numbers:

@@ -202,6 +202,21 @@ def test_broken_sources_are_named(tmp_path: Path):
             _open(str(tmp_path / name))
 
 
+def test_a_folder_of_several_splits_is_refused(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"conversations": [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]]})
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001"):
+        path = tmp_path / "train_set" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="one split.*test, train.*a folder of its own"):
+        _open(str(tmp_path / "train_set"))
+    path.unlink()
+    assert len(_open(str(tmp_path / "train_set"))) == 2
+
+
 @pytest.mark.parametrize("image", [{"bytes": "?"}, {"bytes": None}, {"bytes": 3}, [{"bytes": "QUJD"}, 3]])
 def test_a_picture_that_is_no_base64_is_refused(tmp_path: Path, image):
     path = tmp_path / "r.json"

@@ -11,12 +11,10 @@ from tests.train.runs import EVERY, STAGES, STARTED, finish
 def _leave_no_process_behind():
     yield
     while STARTED:
-        process, output = STARTED.popitem()
+        process, _ = STARTED.popitem()
         if process.poll() is None:
             process.kill()
             process.wait()
-        for file in output:
-            file.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,9 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +28,10 @@ from llava_jax.train.sharding import make_constrain, make_mesh
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 EVERY = "checkpoint_every=2"
-# Every process that a test has started, with its standard output and error: files, as a pipe that is read late blocks
-# its writer. tests/train/conftest.py ends the processes that a test leaves behind.
-STARTED: dict[subprocess.Popen, tuple[IO[str], IO[str]]] = {}
+# Every process that a test has started, with what it will have said: read while it runs, as a full pipe blocks its
+# writer, and so its peers. tests/train/conftest.py ends the processes that a test leaves behind.
+STARTED: dict[subprocess.Popen, Future[tuple[str, str]]] = {}
+_READERS = ThreadPoolExecutor(32)
 STAGES = {"stage1": "tests/train/stage1.py", "stage2": "configs/debug_cpu.py", "lora": "configs/debug_lora.py"}
 
 
@@ -52,29 +52,25 @@ def start(
     workdir: Path, *overrides: str, cache: Path | None = None, config: str = STAGES["stage2"], **more: str
 ) -> subprocess.Popen:
     """In a session of its own, so that a test can signal its whole process group."""
-    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 - closed with the process
     process = subprocess.Popen(
         command(workdir, *overrides, config=config),
         cwd=ROOT,
         env=environment(cache, **more),
-        stdout=out,
-        stderr=err,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
-    STARTED[process] = out, err
+    STARTED[process] = _READERS.submit(process.communicate)
     return process
 
 
 def wait(process: subprocess.Popen, timeout: float = 900) -> subprocess.CompletedProcess:
     try:
-        process.wait(timeout)
+        out, err = STARTED[process].result(timeout)
     finally:
         process.kill()
-    texts = []
-    for file in STARTED[process]:
-        file.seek(0)
-        texts.append(file.read())
-    return subprocess.CompletedProcess(process.args, process.returncode, *texts)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def finish(workdir: Path, *overrides: str, **settings) -> subprocess.CompletedProcess:

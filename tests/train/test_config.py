@@ -119,6 +119,7 @@ def test_a_wrong_override_is_named_with_its_remedy(config: TrainConfig, override
         "optim.b1=1",
         "optim.b2=-0.1",
         "optim.eps=-1",
+        "optim.eps=0",
         "optim.part_learning_rates.projector=nan",
         "data.workers=-1",
         "data.max_refused=-1",

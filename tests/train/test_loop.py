@@ -26,7 +26,7 @@ from llava_jax.models.build import random_parameters
 from llava_jax.train.config import load_config
 from llava_jax.train.loop import train
 from llava_jax.train.metrics import METRICS_FILE, MetricsLog, read_metrics
-from tests.train.runs import ROOT, arrays, command, environment, finish, saved_steps, story
+from tests.train.runs import ROOT, arrays, command, environment, finish, hold_out, saved_steps, story
 
 SHORT = ("data.steps=4", "checkpoint_every=2")
 
@@ -129,10 +129,33 @@ def test_a_workdir_that_is_a_file_is_one_line(tmp_path: Path, attempt):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("rate", ["1e30"])
+def test_a_folder_of_another_kind_is_left_alone(tmp_path: Path, attempt):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    _assert_one_line(attempt(tmp_path, *SHORT), 74, "must be new or hold a run", "config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+    assert main(["train", "--config", str(ROOT / "configs" / "debug_cpu.py"), "--workdir", ""]) == 2
+
+
+def test_lines_that_are_left_out_lose_nothing(tmp_path: Path, attempt):
+    held = tmp_path / "held.json"
+    hold_out(load_config(str(ROOT / "configs" / "debug_cpu.py")), held)
+    evaluated = (f"life.eval_records={held}", "life.eval_every=2")
+    result = attempt(tmp_path / "run", *SHORT, "data.steps=6", "log_every=4", *evaluated)
+    assert result.returncode == 0, result.stderr
+    lines = read_metrics(str(tmp_path / "run"))
+    assert [line["step"] for line in lines] == [0, 1, 3, 4, 5]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [1, 3, 5]
+    total = json.loads((tmp_path / "run" / "run.json").read_text())["seconds"]
+    for name in ("start", "data", "eval"):
+        assert sum(line[f"seconds_{name}"] for line in lines) == pytest.approx(total[name], abs=0.01), name
+
+
+# What a rate makes of parameters may be finite, infinite at the first step, or no number at all.
+@pytest.mark.parametrize("rate", ["1e30", "1e300"])
 def test_numbers_that_are_not_finite_exit_with_65_and_are_not_saved(tmp_path: Path, cache: Path, rate: str):
     settings = (*SHORT, "checkpoint_every=1", f"optim.learning_rate={rate}")
-    result = finish(tmp_path / "run", *settings, "optim.part_learning_rates.projector=1e30", cache=cache)
+    result = finish(tmp_path / "run", *settings, f"optim.part_learning_rates.projector={rate}", cache=cache)
     _assert_one_line(result, 65, "must be finite")
     if saved_steps(tmp_path / "run"):
         assert all(np.isfinite(value).all() for value in arrays(tmp_path / "run").values())

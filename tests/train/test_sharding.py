@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -153,6 +154,12 @@ def test_dimensions_that_an_axis_does_not_divide_are_listed():
 def test_a_mesh_that_does_not_use_all_devices_is_refused(config: MeshConfig):
     with pytest.raises(ValueError, match="must use all 1 devices"):
         make_mesh(config)
+
+
+def test_devices_of_several_slices_are_refused():
+    devices = [SimpleNamespace(slice_index=number // 4) for number in range(8)]
+    with pytest.raises(ValueError, match="one TPU slice; got 2"):
+        make_mesh(MeshConfig(), devices)
 
 
 def test_moments_lie_as_their_parameters():

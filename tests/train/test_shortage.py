@@ -44,6 +44,16 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path: Path, cache: P
     _assert_one_line(wait(process), tmp_path / "run")
 
 
+def test_a_disk_without_room_for_a_single_line_is_one_line(tmp_path: Path, reference: Path):
+    """The config's data are there already, as the reference has made them."""
+    process = start(tmp_path / "run", EVERY)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, 100))
+    result = wait(process)
+    assert result.returncode == 74, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Free space" in result.stderr
+
+
 @pytest.mark.nightly
 def test_an_interrupted_run_says_so(tmp_path: Path, cache: Path):
     """Ctrl-C saves nothing: the steps since the last save are repeated."""

@@ -53,6 +53,18 @@ def test_signs_of_life_keep_it_quiet_and_compiling_may_take_long(tmp_path: Path)
     assert not ended
 
 
+def test_a_save_may_take_longer_than_a_step(tmp_path: Path):
+    ended: list = []
+    with Watchdog(0.2, str(tmp_path), ended.append) as watchdog:
+        watchdog.beat()
+        with watchdog.patient(2.0):
+            time.sleep(1.0)
+        assert not ended
+        with watchdog.patient(0.5):
+            time.sleep(1.5)
+    assert len(ended) == 1
+
+
 def test_after_a_pause_it_watches_again(tmp_path: Path):
     ended: list = []
     with Watchdog(0.2, str(tmp_path), ended.append) as watchdog:
