@@ -13,8 +13,9 @@ test: $(VENV)/test.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
-nightly: $(VENV)/test.installed
-	$(VENV)/bin/python -m pytest -m nightly
+# The launchers' tests look on PATH for what launchers drive.
+nightly: $(VENV)/launch.installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -m nightly
 
 # Pyright brings a program of its own from npm at its first start, so the tests do not wait for it.
 lint: $(VENV)/test.installed
@@ -23,4 +24,10 @@ lint: $(VENV)/test.installed
 $(VENV)/%.installed: setup.cfg
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+# Beside the tests' packages, through uv: pip may search for very long among what xmanager and xpk share.
+$(VENV)/launch.installed: $(VENV)/test.installed
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -e '.[test,launch]'
 	touch $@

@@ -3,11 +3,11 @@ r"""Trains on TPU slices of a GKE cluster through xpk (https://github.com/AI-Hyp
     python scripts/launch_gke.py --cluster my-cluster --zone us-west4-a --name finetune-7b --tpu-type v5litepod-64 \
         --image gcr.io/my-project/llava-jax --config configs/llava15_finetune_7b.py --workdir gs://my-bucket/finetune_7b
 
-`scripts/Dockerfile` makes the image. Arguments after `--` go to `xpk workload create` (`-- --spot --num-slices 2`);
-`--dry-run` prints the command and runs nothing (add `-- --dry-run` instead to see what xpk would do). The processes
-find each other by what GKE tells a TPU pod. Exit code 75, preempted and saved, restarts the workload, as xpk does by
-itself for a pod that was killed; every other code of ours ends it. What the config names (`weights/`, `data/`, an
-earlier stage) must be in the image or on a mount of the pods that `--set` names; the workdir alone may be in a bucket.
+`scripts/Dockerfile` makes the image. Arguments after `--` go to `xpk workload create` (`-- --spot`); `--dry-run` prints
+the command and runs nothing (add `-- --dry-run` instead to see what xpk would do). The processes find each other by
+what GKE tells a TPU pod. Exit code 75, preempted and saved, restarts the workload, as xpk does by itself for a pod that
+was killed; every other code of ours ends it. What the config names (`weights/`, `data/`, an earlier stage) must be in
+the image or on a mount of the pods that `--set` names; the workdir alone may be in a bucket.
 """
 
 import argparse

@@ -23,7 +23,7 @@ JOB = """\
 #SBATCH --gpus-per-node={gpus}
 #SBATCH --gpu-bind=none
 #SBATCH --time={time}
-#SBATCH --output={name}-%j.log
+#SBATCH --output={log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
@@ -54,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train = ["llava-jax", "train", f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
     train += [f"--set={override}" for override in arguments.set]
+    name = PurePath(arguments.config).stem
     job = JOB.format(
-        name=PurePath(arguments.config).stem,
+        # sbatch reads its lines with a shell's quotes.
+        name=shlex.quote(name),
+        log=shlex.quote(f"{name}-%j.log"),
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,
-        time=arguments.time,
+        time=shlex.quote(arguments.time),
         train=shlex.join(train),
     )
     if arguments.dry_run:

@@ -50,9 +50,9 @@ def environment(tools: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
 
 
-def launch(tools: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+def launch(tools: Path, script: str | Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPTS / script), *arguments]
-    return subprocess.run(command, env=environment(tools), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(tools), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def needs_tool(name: str) -> str:
@@ -127,6 +127,15 @@ def test_the_slurm_launcher_prints_a_job_that_bash_can_read(tools: Path):
     subprocess.run(["bash", "-n"], input="\n".join(job), text=True, check=True)
 
 
+def test_a_slurm_job_is_named_after_its_config_whatever_that_is_called(tools: Path):
+    config = "--config=my runs/it's #1.py"
+    job = launch(tools, "launch_slurm.py", *SLURM, *RUN, config, "--dry-run").stdout
+    directives = [shlex.split(line.removeprefix("#SBATCH")) for line in job.splitlines() if line.startswith("#SBATCH")]
+    assert ["--job-name=it's #1"] in directives
+    assert ["--output=it's #1-%j.log"] in directives
+    assert {len(words) for words in directives} == {1}
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, []), (75, [["requeue", "41"]]), (66, [])])
 def test_a_slurm_job_requeues_itself_after_75_only(tools: Path, code: int, requeued: list):
     program(tools, "sbatch", f"cat > {tools}/job")
@@ -150,6 +159,7 @@ case "$4 $*" in
     ssh*"llava-jax train"*) take {tools}/codes; exit "$word" ;;
 esac"""
     program(tools, "gcloud", body)
+    program(tools, "sleep", "exit 0")
     (tools / "states").write_text(states.replace(" ", "\n") + "\n")
     (tools / "codes").write_text(codes.replace(" ", "\n") + "\n")
 
@@ -170,8 +180,14 @@ INSTALL_AND_TRAIN = ["scp", "ssh", "train"]
     ("states", "codes", "expected", "code"),
     [
         # There is no VM yet.
-        ("", "0", ["describe", "create", *INSTALL_AND_TRAIN], 0),
+        (" READY", "0", ["describe", "create", "describe", *INSTALL_AND_TRAIN], 0),
         ("READY", "0", ["describe", *INSTALL_AND_TRAIN], 0),
+        # One that its owner stopped, as it was being stopped, and as another launch makes it.
+        ("STOPPED READY", "0", ["describe", "start", "describe", *INSTALL_AND_TRAIN], 0),
+        ("STOPPING STOPPED READY", "0", ["describe", "describe", "start", "describe", *INSTALL_AND_TRAIN], 0),
+        ("CREATING STARTING READY", "0", ["describe", "describe", "describe", *INSTALL_AND_TRAIN], 0),
+        # What no launch can mend.
+        ("UNKNOWN", "0", ["describe"], 2),
         # Preempted and saved on a VM that stays.
         (
             "READY READY READY",
@@ -181,11 +197,16 @@ INSTALL_AND_TRAIN = ["scp", "ssh", "train"]
         ),
         # The VM was taken away under the training.
         (
-            "READY PREEMPTED PREEMPTED",
+            "READY PREEMPTED PREEMPTED  READY",
             "255 0",
-            ["describe", *INSTALL_AND_TRAIN, "describe", "describe", "delete", "create", *INSTALL_AND_TRAIN],
+            [
+                *("describe", *INSTALL_AND_TRAIN, "describe"),
+                *("describe", "delete", "describe", "create", "describe", *INSTALL_AND_TRAIN),
+            ],
             0,
         ),
+        # Its owner stopped it under the training.
+        ("READY STOPPING", "75", ["describe", *INSTALL_AND_TRAIN, "describe"], 75),
         # A failure of the run itself.
         ("READY READY", "66", ["describe", *INSTALL_AND_TRAIN, "describe"], 66),
     ],
@@ -197,15 +218,85 @@ def test_the_tpu_vm_launcher_makes_the_vm_again_and_trains_on(
     program(tools, "git", "exit 0")
     assert launch(tools, "launch_tpu_vm.py", *TPU_VM, *RUN).returncode == code
     assert verbs(tools) == expected
-    (train, *_) = [call for call in calls(tools, "gcloud") if any("llava-jax train" in word for word in call)]
-    assert train[3:] == [
-        *("ssh", "llava", "--worker=all", "--batch-size=all"),
-        f"--command=cd llava_jax && ../venv/bin/{TRAIN}",
-    ]
+    for train in [call for call in calls(tools, "gcloud") if any("llava-jax train" in word for word in call)]:
+        assert train[3:] == [
+            *("ssh", "llava", "--worker=all", "--batch-size=all"),
+            f"--command=cd llava_jax && ../.llava_jax.venv/bin/{TRAIN}",
+        ]
+
+
+def test_the_tpu_vm_launcher_names_the_state_that_it_cannot_mend(tools: Path):
+    tpu_vm(tools, states="HIDDEN", codes="")
+    program(tools, "git", "exit 0")
+    message = launch(tools, "launch_tpu_vm.py", *TPU_VM, *RUN).stderr
+    assert message == "A VM must be READY or STOPPED; llava is HIDDEN. Delete it or take another --name.\n"
+
+
+@pytest.fixture
+def home(tools: Path, tmp_path: Path) -> Path:
+    """The home folder of a VM that is always READY, where all but pip and uv runs for real."""
+    folder = tmp_path / "home"
+    (folder / ".local" / "bin").mkdir(parents=True)
+    (folder / ".llava_jax.venv" / "bin").mkdir(parents=True)
+    body = f"""
+cd {folder} || exit
+case "$4" in
+    describe) echo READY ;;
+    scp) cp "$5" . ;;
+    ssh) command="${{!#}}"; bash -c "${{command#--command=}}" ;;
+esac"""
+    program(tools, "gcloud", body)
+    program(tools, "pip3", "exit 0")
+    program(folder / ".local" / "bin", "uv", "exit 0")
+    return folder
+
+
+def checkout(folder: Path, *configs: str) -> Path:
+    """Commits the TPU VM launcher and `configs`, nothing else, in a repository; its launcher."""
+    launcher = folder / "scripts" / "launch_tpu_vm.py"
+    shutil.rmtree(folder / "configs", ignore_errors=True)
+    for directory in (launcher.parent, folder / "configs"):
+        directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(SCRIPTS / launcher.name, launcher)
+    for config in configs:
+        (folder / "configs" / config).touch()
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "Configs"]):
+        subprocess.run([*git, *words], check=True)
+    return launcher
+
+
+def test_a_tpu_vm_keeps_what_its_user_put_there_and_nothing_of_an_older_commit(tools: Path, home: Path, tmp_path: Path):
+    source = tmp_path / "my checkout"
+    # The training sees the user's relative paths, again after 75.
+    trains = "cat weights/mine configs/mine.py || exit 66\n" + exit_codes(tools, 0, 75, 0)
+    program(home / ".llava_jax.venv" / "bin", "llava-jax", trains)
+    users = ("llava_jax/weights/mine", "llava_jax/configs/mine.py", "venv/mine", "llava_jax.tar.gz")
+    for path in users:
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_text("mine")
+    # From a folder below the top, which is archived all the same.
+    launcher = checkout(source, "old.py", "kept.py")
+    assert launch(tools, launcher, *TPU_VM, *RUN, cwd=source / "configs").returncode == 0
+    put = home / "llava_jax"
+    assert (put / "scripts" / "launch_tpu_vm.py").exists()
+    assert sorted(path.name for path in (put / "configs").iterdir()) == ["kept.py", "mine.py", "old.py"]
+    checkout(source, "new.py", "kept.py")
+    assert launch(tools, launcher, *TPU_VM, *RUN, cwd=tmp_path).returncode == 0
+    assert len(calls(home / ".llava_jax.venv" / "bin", "llava-jax")) == 3
+    assert sorted(path.name for path in (put / "configs").iterdir()) == ["kept.py", "mine.py", "new.py"]
+    assert [(home / path).read_text() for path in users] == ["mine"] * len(users)
+
+
+def test_a_clone_on_a_tpu_vm_is_not_overwritten(tools: Path, home: Path, tmp_path: Path):
+    (home / "llava_jax" / ".git").mkdir(parents=True)
+    done = launch(tools, checkout(tmp_path / "source", "new.py"), *TPU_VM, *RUN)
+    assert (done.returncode, [path.name for path in (home / "llava_jax").iterdir()]) == (2, [".git"])
+    assert "A launch overwrites llava_jax, now a clone; rename it." in done.stderr
 
 
 def test_the_tpu_vm_launcher_passes_more_arguments_to_create(tools: Path):
-    tpu_vm(tools, states="", codes="0")
+    tpu_vm(tools, states=" READY", codes="0")
     program(tools, "git", "exit 0")
     launch(tools, "launch_tpu_vm.py", *TPU_VM, *RUN, "--", "--spot")
     assert calls(tools, "gcloud")[1][3:] == [
