@@ -87,18 +87,16 @@ def plan(config: TrainConfig, topology: str) -> Plan:
 
 
 def _devices(topology: str) -> list[Any] | int:
-    """Devices that the TPU compiler knows, or the number of those that are only counted."""
+    """Devices that the TPU compiler knows, a v4 chip one, or the number of those that are only counted."""
     kind, _, size = topology.partition(":")
     if kind in GPUS:
         return int(size)
     if find_spec("libtpu") is None:
         raise UserError("The TPU compiler, libtpu, is not installed. Run pip install -e '.[plan]'.")
     try:
-        # A v4 chip is one device ("megacore"), as programs on it see it; the library's default has two.
         chip = {"chip_config_name": "megacore"} if kind == "v4" else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
-    except Exception as error:
-        # The library raises what its parts raise.
+    except Exception as error:  # The library raises what its parts raise.
         text = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(f"The TPU compiler does not give --topology {topology!r}: {text}") from None
 

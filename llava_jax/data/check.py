@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -21,33 +22,41 @@ def check_records(
 ) -> dict[str, list[str]]:
     """The details of every refused record by reason; nothing is written or cached."""
     opened = open_records(as_mix(records), as_written=rows.as_written)
-    refused: dict[str, list[str]] = collections.defaultdict(list)
+    refusals: dict[int, tuple[str, str]] = {}
     tokens, tiles = np.zeros(len(opened), np.int32), np.zeros(len(opened), np.int32)
     ask = functools.partial(_check, opened, rows, needs)
     found = ask_all(ask, len(opened), label=f"checking {opened.path}", num_workers=num_workers)
     for i, (size, refusal) in enumerate(found):
         tokens[i], tiles[i] = size
         if refusal is not None:
-            refused[refusal[0]].append(f"{opened.describe(i)}: {refusal[1]}")
+            refusals[i] = refusal[0], f"{opened.describe(i)}: {refusal[1]}"
     for part, source in enumerate(opened.sources):
-        _report(source.path, tokens[opened.starts[part] : opened.starts[part + 1]])
+        start, end = opened.starts[part], opened.starts[part + 1]
+        _report(source.path, tokens[start:end], {i: refusal for i, refusal in refusals.items() if start <= i < end})
     if len(opened.sources) > 1:
-        _report("all of them", tokens)
-    for reason, details in sorted(refused.items()):
-        print(f"  {reason}: {len(details):,}")
-        for detail in details[:SHOWN]:
-            print(f"    {detail}")
+        _report("all of them", tokens, {})
     index = Index(records=opened, tokens=tokens, tiles=tiles, refused={}, fingerprint="")
     if len(index.usable):
         packed = pack(np.random.default_rng(0).permutation(index.usable), index, rows.capacity)
         share = tokens.sum(dtype=np.int64) / (len(packed) * rows.capacity.tokens)
         print(f"every record once packs into {len(packed):,} rows of {rows.capacity.tokens:,} tokens, {share:.1%} full")
-    return dict(refused)
+    return _by_reason(refusals)
 
 
-def _report(name: str, tokens: np.ndarray) -> None:
+def _report(name: str, tokens: np.ndarray, refusals: Mapping[int, tuple[str, str]]) -> None:
     usable = int(np.count_nonzero(tokens))
     print(f"{name}: {len(tokens):,} records, {usable:,} usable, {len(tokens) - usable:,} refused")
+    for reason, details in sorted(_by_reason(refusals).items()):
+        print(f"  {reason}: {len(details):,}")
+        for detail in details[:SHOWN]:
+            print(f"    {detail}")
+
+
+def _by_reason(refusals: Mapping[int, tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for reason, detail in refusals.values():
+        found[reason].append(detail)
+    return dict(found)
 
 
 def _check(records: Records, rows: RowFormat, needs: Needs, i: int) -> tuple[Size, tuple[str, str] | None]:

@@ -287,10 +287,11 @@ def test_a_tfds_split_holds_the_same_examples(tmp_path: Path, data: Path, needs:
 def test_the_check_counts_by_source_and_packs(tmp_path: Path, data: Path, needs: Needs, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"conversations": []}]))
-    refused = check_records(Mix(parts=(Part(source=str(data / "records.json")), Part(source=str(bad)))), ROWS, needs)
+    refused = check_records(Mix(parts=(Part(source=str(bad)), Part(source=str(data / "records.json")))), ROWS, needs)
     printed = capsys.readouterr().out
     assert "records.json: 60 records, 60 usable, 0 refused" in printed
-    assert "bad.json: 1 records, 0 usable, 1 refused" in printed
+    assert "bad.json: 1 records, 0 usable, 1 refused\n  malformed: 1\n" in printed
+    assert "all of them: 61 records, 60 usable, 1 refused" in printed
     assert "rows of 256 tokens" in printed
     assert refused["malformed"][0].startswith(f"record 0 of {bad}: ")
 
