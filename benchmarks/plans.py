@@ -29,7 +29,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava16_finetune_34b", "v6e:16x16", ()),
     ("llava16_finetune_34b", "v5p:4x4x8", ()),
     ("llava16_finetune_34b", "v5p:2x2x4", ("accumulation=8",)),
-    ("llava16_finetune_34b", "v6e:4x8", ("accumulation=4",)),
+    ("llava16_finetune_34b", "v6e:8x8", ("accumulation=2",)),
 )
 
 

@@ -172,7 +172,9 @@ def test_a_tpu_plan_compiles_the_step():
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
 @pytest.mark.parametrize("name", TPUS)
 def test_the_devices_of_every_kind_make_a_mesh(name: str):
-    assert make_mesh(MeshConfig(), _devices(f"{name}:2x2x1" if name in ("v4", "v5p", "tpu7x") else f"{name}:2x2")).size
+    devices = _devices(f"{name}:2x4x4" if name in ("v4", "v5p", "tpu7x") else f"{name}:4x8")
+    for config in (MeshConfig(), MeshConfig(tensor=2), MeshConfig(data=2, tensor=4)):
+        assert make_mesh(config, devices).size == len(devices)
 
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the TPU compiler is installed")

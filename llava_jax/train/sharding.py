@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -53,8 +54,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(slices) > 1:
         raise ValueError(f"A run takes one TPU slice; got {len(slices)}. Start it on one, of more chips if need be.")
     sizes = mesh_sizes(config, len(devices))
-    auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    # jax.make_mesh refuses an axis that is a part of one of the torus, as tensor=2 of a v6e:4x8.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
