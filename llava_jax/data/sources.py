@@ -1,4 +1,4 @@
-"""Where records lie besides JSON files: ArrayRecord files, folders of parquet files, TFDS."""
+"""Where records lie besides JSON files: ArrayRecord files, folders of parquet or Arrow files, TFDS."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def fingerprint_source(source: str | Tfds) -> str:
         files = sorted(str(file) for file in Path(source.folder).glob("*") if _is_array_record(file))
         return f"{source.split} {_hash_ends(files)}"
     files = _find_files(source)
-    if files[0].endswith(".parquet") or _is_array_record(Path(files[0])):
+    if files[0].endswith((".parquet", ".arrow")) or _is_array_record(Path(files[0])):
         return _hash_ends(files)
     with open(source, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -52,11 +52,11 @@ def _find_files(source: str) -> list[str]:
         return [source]
     if not path.is_dir():
         raise DataError(f"data.records must name a file or folder of records; got {source!r}, which does not exist.")
-    files = sorted(map(str, path.rglob("*.parquet"))) or sorted(map(str, filter(_is_array_record, path.iterdir())))
-    if not files:
+    kinds = path.rglob("*.parquet"), filter(_is_array_record, path.iterdir()), path.rglob("data-*.arrow")
+    files = next(filter(None, (sorted(map(str, kind)) for kind in kinds)), None)
+    if files is None:
         raise DataError(
-            f"A folder of records must hold *.parquet or *.array_record files; {source!r} holds none. What "
-            "save_to_disk of datasets wrote becomes one by to_parquet."
+            f"A folder of records must hold *.parquet, *.array_record or data-*.arrow files; {source!r} holds none."
         )
     splits = {found[1] for file in files if (found := _SPLIT.search(file.removeprefix(source).lower()))}
     if len(splits) > 1:
@@ -148,10 +148,7 @@ class ParquetRecords:
         kept = self._kept
         if kept is None or kept[0] != group:
             self._kept = kept = (group, self._read(group))
-        (value,) = kept[1].slice(index - int(self._starts[group]), 1).to_pylist()
-        images = value.get("image", value.get("images"))
-        images = [] if images is None else images if isinstance(images, list) else [images]
-        return parse_record(value | {"image": [_name_or_bytes(image) for image in images]}, as_written=self.as_written)
+        return _parse_row(kept[1], index - int(self._starts[group]), as_written=self.as_written)
 
     def _read(self, group: int) -> Any:
         number, place = self._groups[group]
@@ -166,12 +163,57 @@ class ParquetRecords:
         return self.__dict__ | {"_kept": None}
 
 
+class ArrowRecords:
+    """Arrow files as `save_to_disk` of Hugging Face's `datasets` writes them, columns as those of parquet files.
+
+    They are mapped, not read: a record costs what it holds.
+    """
+
+    def __init__(self, path: str, files: list[str], *, as_written: bool):
+        self.path, self.files, self.as_written = path, files, as_written
+        self._table: Any = None
+
+    @property
+    def table(self) -> Any:
+        if self._table is None:
+            _import_pyarrow()
+            import pyarrow
+
+            try:
+                parts = [pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all() for file in self.files]
+                table = pyarrow.concat_tables(parts)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self.path!r} must hold Arrow files: {error}. Write them again.") from None
+            if "conversations" not in table.column_names:
+                raise DataError(f"{self.path!r} must have a column 'conversations'; it has {table.column_names}.")
+            self._table = table
+        return self._table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index`; raises `Refused` if it is malformed."""
+        return _parse_row(self.table, index, as_written=self.as_written)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}
+
+
 def _import_pyarrow() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError("Parquet files need pyarrow; it is not installed. Run pip install -e '.[parquet]'.") from None
+        raise DataError("Parquet and Arrow files need pyarrow. Run pip install -e '.[parquet]'.") from None
     return parquet
+
+
+def _parse_row(table: Any, index: int, *, as_written: bool) -> Record:
+    """The record in a row of a table of pyarrow."""
+    (value,) = table.slice(index, 1).to_pylist()
+    images = value.get("image", value.get("images"))
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    return parse_record(value | {"image": [_name_or_bytes(image) for image in images]}, as_written=as_written)
 
 
 def _name_or_bytes(image: Any) -> Any:
@@ -245,7 +287,7 @@ def _hash_ends(files: Iterable[str]) -> str:
 
 
 # Random access to records; a pickled one ships no record, so that worker processes get one cheaply.
-Source = RecordFile | ArrayRecords | ParquetRecords | TfdsRecords
+Source = RecordFile | ArrayRecords | ParquetRecords | ArrowRecords | TfdsRecords
 
 
 def open_source(source: str | Tfds, *, as_written: bool, spans: np.ndarray | None = None) -> Source:
@@ -259,6 +301,8 @@ def open_source(source: str | Tfds, *, as_written: bool, spans: np.ndarray | Non
     files = _find_files(source)
     if files[0].endswith(".parquet"):
         return ParquetRecords(source, files, as_written=as_written)
+    if files[0].endswith(".arrow"):
+        return ArrowRecords(source, files, as_written=as_written)
     if _is_array_record(Path(files[0])):
         return ArrayRecords(source, files, as_written=as_written)
     return RecordFile(source, find_spans(source) if spans is None else spans, as_written=as_written)

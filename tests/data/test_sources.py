@@ -155,6 +155,19 @@ def _write_parquet(data: Path, folder: Path) -> str:
     return str(folder)
 
 
+def _write_arrow(data: Path, folder: Path) -> str:
+    """As `Dataset.save_to_disk(folder, num_shards=2)` does, `dataset_info.json` and `state.json` left out."""
+    import pyarrow
+
+    records = _with_pictures(data)
+    folder.mkdir()
+    for number, part in enumerate((records[:25], records[25:])):
+        table = pyarrow.table({name: [record[name] for record in part] for name in ("images", "conversations")})
+        with pyarrow.ipc.new_stream(folder / f"data-{number:05}-of-00002.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    return str(folder)
+
+
 def _write_array_record(data: Path, folder: Path) -> str:
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -169,7 +182,7 @@ def _write_array_record(data: Path, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("write", [_write_parquet, _write_array_record])
+@pytest.mark.parametrize("write", [_write_parquet, _write_arrow, _write_array_record])
 def test_other_formats_hold_the_same_examples(tmp_path: Path, data: Path, needs: Needs, write):
     path = write(data, tmp_path / "folder")
     index = load_index(path, ROWS, needs._replace(image_root="nowhere"), tmp_path / "cache")
@@ -196,8 +209,9 @@ def test_broken_sources_are_named(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
     (tmp_path / "x.array_record").write_bytes(b"nothing at all")
+    (tmp_path / "data-1.arrow").write_bytes(b"no stream")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "y.parquet")
-    for name in ("empty", "x.parquet", "y.parquet", "x.array_record", "none"):
+    for name in ("empty", "x.parquet", "y.parquet", "x.array_record", "data-1.arrow", "none"):
         with pytest.raises(DataError, match=name):
             _open(str(tmp_path / name))
 
