@@ -24,8 +24,8 @@ MAX_PIXELS = 100_000_000
 MAX_ASPECT = 200
 # int(255 * mean), the colour that the original pads with (`expand2square`).
 PAD_COLOUR = (122, 116, 104)
-# Blocks of memory that Pillow keeps for its next picture (`PILLOW_BLOCKS_MAX`); it has none by default, and clearing
-# new pages takes a tenth of the time of a picture.
+# Blocks of memory that Pillow keeps for its next picture (`PILLOW_BLOCKS_MAX`): by default none, and every picture
+# would wait for new pages.
 Image.core.set_blocks_max(4)
 
 

@@ -185,7 +185,9 @@ class ArrowRecords:
             except (OSError, ValueError) as error:
                 raise DataError(f"{self.path!r} must hold Arrow files: {error}. Write them again.") from None
             if "conversations" not in table.column_names:
-                raise DataError(f"{self.path!r} must have a column 'conversations'; it has {table.column_names}.")
+                raise DataError(
+                    f"{self.path!r} must have a column 'conversations'; it has {table.column_names}. Rename it."
+                )
             self._table = table
         return self._table
 

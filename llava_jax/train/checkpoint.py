@@ -74,7 +74,7 @@ class Checkpoints:
 
     def rehearse(self, trainable: Parameters, opt_state: Any) -> None:
         """Compiles what a save computes: the first one, which SIGTERM may ask for, waits for no compiler."""
-        _check_finite((trainable, opt_state), "what a run begins with")
+        _are_finite((trainable, opt_state))
         fingerprints((trainable, opt_state))
 
     def save(

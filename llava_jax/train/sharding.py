@@ -50,7 +50,8 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (by default all), with the compiler choosing layouts between our constraints."""
     devices = jax.devices() if devices is None else devices
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    # Hosts of GPUs may count as slices, too; their network carries any mesh.
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) > 1:
         raise ValueError(f"A run takes one TPU slice; got {len(slices)}. Start it on one, of more chips if need be.")
     sizes = mesh_sizes(config, len(devices))

@@ -157,7 +157,7 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused(config: MeshConfig):
 
 
 def test_devices_of_several_slices_are_refused():
-    devices = [SimpleNamespace(slice_index=number // 4) for number in range(8)]
+    devices = [SimpleNamespace(platform="tpu", slice_index=number // 4) for number in range(8)]
     with pytest.raises(ValueError, match="one TPU slice; got 2"):
         make_mesh(MeshConfig(), devices)
 
