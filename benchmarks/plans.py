@@ -92,7 +92,8 @@ follows from the lower bound of the step's time: it is no estimate of either. A 
 
 A slice of half the chips of the smallest here is too small. There `arguments` double, and the copy of a save doubles
 them again: more than a chip has for 7B on a `v5e:2x4` or `v6e:2x2`, 13B on a `v5e:4x4`, 34B on eight chips of v5p. Of
-34B on a `v6e:4x8` (`--set accumulation=4`) the compiler says that it does not fit; stage 1 was not tried below `v5e:2x2`.
+34B on a `v6e:4x8` (`--set accumulation=4`) the compiler says that it does not fit; stage 1 was not tried
+below `v5e:2x2`.
 
 {as_table(rows)}
 
