@@ -40,6 +40,8 @@ JOBS = {
 }
 # Devices of the original's run, among which a megabatch is split evenly.
 DEVICES = 8
+# Of a row, at most.
+MOST_RECORDS = 64
 
 
 def main() -> None:
@@ -277,7 +279,7 @@ class Ours:
         self.trainable = {name: draw(name, target) for name, target in trainable.items()}
         self.frozen = {name: draw(name, target) for name, target in frozen.items()}
         self.opt_state = jax.jit(optimizer.init)(self.trainable)
-        self.compiled = jit_step(self.layout, optimizer)
+        self.compiled = jit_step(self.layout, optimizer, most_records=MOST_RECORDS)
         self.needs = Needs(None, "", config.vision.image_size, config.num_features)  # pyright: ignore[reportArgumentType]
 
     def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
@@ -285,6 +287,7 @@ class Ours:
         import dataclasses
 
         format = dataclasses.replace(self.format, length=length, tiles=tiles)
+        assert max(map(len, rows)) <= MOST_RECORDS, "the step was made for rows of fewer records"
         made = [format.assemble([examples[i] for i in row], self.needs) for row in rows]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         num_rows = len(rows)

@@ -146,7 +146,7 @@ def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
 
 def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     """The plan as the TPU compiler finds it."""
-    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS))
+    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=1)
     assert isinstance(job.layout.mesh, Mesh), "a step is compiled for devices"
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     arguments = shard_bytes((job.layout.memory, job.batch))

@@ -1,8 +1,10 @@
 """Pictures: opened under limits, brought to tiles of the tower's size, kept as bytes."""
 
+import functools
 import io
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -68,13 +70,29 @@ def find_picture(root: str, image: str | bytes) -> Path | bytes:
 def resolve(root: str, name: str) -> Path:
     """The path of a picture named by a record; refuses names that leave the picture folder."""
     try:
-        path = os.path.realpath(os.path.join(root, name))
+        root = _real_folder(root if os.path.isabs(root) else os.path.join(os.getcwd(), root))
+        folder, base = os.path.split(os.path.join(root, name))
+        path = os.path.join(_real_folder(folder), base)
+        if base in ("", ".", "..") or _is_link(path):
+            path = os.path.realpath(path)
     except ValueError:
         # A NUL, or a lone surrogate: no file system has such a name.
-        path = None
-    if path is None or os.path.commonpath([path, os.path.realpath(root)]) != os.path.realpath(root):
+        path = ""
+    if not os.path.join(path, "").startswith(os.path.join(root, "")):
         raise Refused("path outside the folder", f"{name!r} does not stay inside {root!r}")
     return Path(path)
+
+
+# A folder is looked up once: each part of its path costs a call to the kernel, and pictures share their folders.
+_real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
+
+
+def _is_link(path: str) -> bool:
+    """As `os.path.islink`, which however takes names that no file system has."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def check_mode(mode: ImageMode, model: LlavaConfig) -> None:
@@ -140,15 +158,7 @@ def decode(image: Image.Image, *, size: int, mode: OneTile) -> UInt8[np.ndarray,
       Refused: the pixels are damaged.
     """
     rgb = _to_rgb(image)
-    if mode == "pad":
-        return np.asarray(_pad_and_resize(rgb, size))
-    width, height = rgb.size
-    short = min(width, height)
-    scaled = (size * width // short, size * height // short)
-    if rgb.size != scaled:
-        rgb = rgb.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    return np.asarray(rgb)[top : top + size, left : left + size]
+    return np.asarray(_pad_and_resize(rgb, size) if mode == "pad" else _resize_and_crop(rgb, size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,12 +170,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise Refused("damaged picture", f"{getattr(image, 'filename', '') or 'picture'}: {error}") from None
 
 
-def _pad_and_resize(rgb: Image.Image, size: int) -> Image.Image:
-    """The picture in a square of `PAD_COLOUR`, at this size.
+# Pillow resamples wide pictures along rows first, then along columns, and rounds in between (tall ones it may turn
+# about). So both functions below do the passes of a wide picture one by one, each on what is kept of its result: the
+# bits are those of the whole picture.
 
-    Pillow resamples along rows first, then along columns, and rounds in between. So a wide picture's first pass is done
-    before the rows of padding are there: the bits are those of the whole square.
-    """
+
+def _resize_and_crop(rgb: Image.Image, size: int) -> Image.Image:
+    """The centre of the picture whose shorter side is brought to this size."""
+    if rgb.size == (size, size):
+        return rgb
+    short = min(rgb.size)
+    width, height = (size * side // short for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width > height:
+        rows = rgb.resize((width, rgb.height), Image.Resampling.BICUBIC).crop((left, 0, left + size, rgb.height))
+        return rows.resize((size, size), Image.Resampling.BICUBIC)
+    return rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _pad_and_resize(rgb: Image.Image, size: int) -> Image.Image:
+    """The picture in a square of `PAD_COLOUR`, at this size."""
     width, height = rgb.size
     side = max(width, height)
     if width > height:

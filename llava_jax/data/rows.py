@@ -218,6 +218,8 @@ def _num_tiles(layouts: Sequence[Layout]) -> int:
 
 def _num_placed(text: Tokenized, layouts: Sequence[Layout]) -> int:
     """How many of the pictures have a slot: under `compat` those without a mark and those cut away have none."""
+    if not layouts:
+        return 0
     starts = np.cumsum([0, *(layout.num_slots for layout in layouts)])[:-1]
     return int((starts < np.count_nonzero(text.tokens == IMAGE_TOKEN)).sum())
 
@@ -237,9 +239,9 @@ class Augment:
             image = image[:, :: rng.choice([1, -1])]
         if self.shift:
             down, right = rng.integers(0, 2 * self.shift + 1, size=2)
-            corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
+            corners = np.sort(image[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
             wide = np.empty((height + 2 * self.shift, width + 2 * self.shift, 3), np.uint8)
-            wide[...] = np.median(corners, axis=0)
+            wide[...] = np.tile(corners[1:3].mean(axis=0).astype(np.uint8), len(wide[0])).reshape(-1, 3)
             wide[self.shift : self.shift + height, self.shift : self.shift + width] = image
             image = wide[down : down + height, right : right + width]
         return image

@@ -65,7 +65,7 @@ class HeldOut:
         lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
         graphdef, _ = structure(config.model, stacked=config.stacked, quantize=config.quantize, lora=lora)
 
-        context = make_context(config, mesh)
+        context = make_context(config, mesh, most_records=plan.most_records)
 
         def sums(
             trainable: Parameters, frozen: Parameters, batch: dict[str, Array], votes: Int[Array, " devices"]

@@ -114,7 +114,8 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
                 with watchdog.paused():
-                    compiled = jit_step(layout, optimizer).lower(*arguments).compile()
+                    step = jit_step(layout, optimizer, most_records=plan.most_records)
+                    compiled = step.lower(*arguments).compile()
                     report.seconds_at_peak = seconds_at_peak(layout, arrays)
                     stop.start_stepping()
                 clock.lap("start")

@@ -19,11 +19,6 @@ LANES = 128
 BLOCK = 512
 
 
-def make_attend(mesh: Mesh) -> Attend:
-    """The attention of a mesh's devices: splash on TPUs, plain XLA elsewhere."""
-    return make_splash(mesh) if mesh.devices.flat[0].platform == "tpu" else attend_xla
-
-
 def make_splash(mesh: Mesh, *, interpret: bool = False) -> Attend:
     """Splash attention for packed causal rows whose length is a multiple of 128; other calls go to plain XLA.
 

@@ -1,6 +1,7 @@
 """One optimizer step as a pure function over flat dictionaries."""
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,41 +14,49 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
-from llava_jax.models.attention import ATTENTION
+from llava_jax.models.attention import ATTENTION, Attend, attend_xla
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
 from llava_jax.models.parameters import Parameters, bind
 from llava_jax.models.quantized import is_quantized
+from llava_jax.train import cudnn, processes
 from llava_jax.train.config import TrainConfig
 from llava_jax.train.objectives import Context, Objective, Sums
 from llava_jax.train.sharding import batch_sharding, make_constrain
-from llava_jax.train.splash import make_attend
+from llava_jax.train.splash import make_splash
 from llava_jax.train.state import Layout
 
 # Batch entries that no objective sees.
 TALLIED = ("checksum", "num_replaced")
 
-# What a layer keeps for its backward pass, by what is computed again (`TrainConfig.remat`).
+# What a layer keeps for its backward pass, by what is computed again (`TrainConfig.remat`). Attention names its result;
+# cuDNN's kernel has no names inside, so what else its gradient needs is known by the kernel's own.
 _POLICIES = jax.checkpoint_policies
+
+
+def _keeps_attention(primitive: Any, *operands: Any, **settings: Any) -> bool:
+    is_kernel = primitive.name.startswith(cudnn.KERNEL)
+    return is_kernel or _POLICIES.save_only_these_names(ATTENTION)(primitive, *operands, **settings)
+
+
 REMAT: dict[str, Remat] = {
     "nothing": None,
     "elementwise": functools.partial(
         jax.checkpoint,
-        policy=_POLICIES.save_from_both_policies(
-            _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION)
-        ),
+        policy=_POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _keeps_attention),
     ),
-    "linear": functools.partial(jax.checkpoint, policy=_POLICIES.save_only_these_names(ATTENTION)),
+    "linear": functools.partial(jax.checkpoint, policy=_keeps_attention),
     "everything": jax.checkpoint,
 }
 Metrics = dict[str, Array]
 Step = Callable[[Parameters, Parameters, Any, Mapping[str, Array]], tuple[Parameters, Any, Metrics]]
 
 
-def jit_step(layout: Layout, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
+def jit_step(layout: Layout, optimizer: optax.GradientTransformation, *, most_records: int) -> jax.stages.Wrapped:
     """The tallied step of a config on its mesh: sharded, its state donated, ready to be lowered.
 
-    Training runs it and `llava-jax plan` compiles it for devices that are not there.
+    Training runs it and `llava-jax plan` compiles it for devices that are not there. No row of a batch may hold more
+    than `most_records` records.
     """
     config, mesh = layout.config, layout.mesh
     assert isinstance(mesh, Mesh), "a step is made for devices"
@@ -55,7 +64,7 @@ def jit_step(layout: Layout, optimizer: optax.GradientTransformation) -> jax.sta
         layout.graphdef,
         config.objective,
         optimizer,
-        context=make_context(config, mesh),
+        context=make_context(config, mesh, most_records=most_records),
         accumulation=config.accumulation,
         compute_dtype=config.compute_dtype,
         bound=layout.bound,
@@ -65,9 +74,30 @@ def jit_step(layout: Layout, optimizer: optax.GradientTransformation) -> jax.sta
     return jax.jit(tallied(step), donate_argnums=(0, 2), out_shardings=(*shardings, NamedSharding(mesh, P())))
 
 
-def make_context(config: TrainConfig, mesh: Mesh) -> Context:
+def make_context(config: TrainConfig, mesh: Mesh, *, most_records: int) -> Context:
     """What an objective is given on these devices."""
-    return Context(attend=make_attend(mesh), constrain=make_constrain(mesh), remat=REMAT[config.remat])
+    attend = make_attend(mesh, most_records=most_records)
+    return Context(attend=attend, constrain=make_constrain(mesh), remat=REMAT[config.remat])
+
+
+def make_attend(mesh: Mesh, *, most_records: int) -> Attend:
+    """The attention of a mesh's devices: splash on TPUs, cuDNN's on GPUs that can, plain XLA elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return make_splash(mesh)
+    if platform != "gpu":
+        return attend_xla
+    return cudnn.make_cudnn(mesh, most_records) if _has_cudnn() else attend_xla
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether the kernel works on the GPUs of every process; says so once if not."""
+    reason = cudnn.why_not()
+    processes.check_same("attention", str(reason is None), "GPUs and cuDNN")
+    if reason is not None and processes.is_first():
+        print(f"attention: plain XLA's; cuDNN's is not used: {reason}", file=sys.stderr, flush=True)
+    return reason is None
 
 
 def make_step(

@@ -240,7 +240,7 @@ def run(mesh, accumulation, stacked):
     arrays = jax.device_get(stack_layers(values)) if stacked else values
     lie = lambda name: {n: v.sharding for n, v in name.items()}
     assert lie(params) == lie(moments)
-    step = jit_step(layout, keep)
+    step = jit_step(layout, keep, most_records=8)
     results = {}
     for kind, rows in batches.items():
         placed = {n: jax.device_put(arrays[n], v.sharding) for n, v in params.items()}

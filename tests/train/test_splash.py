@@ -13,7 +13,8 @@ import pytest
 from llava_jax.models.attention import Attend, Scope, attend_xla
 from llava_jax.train.config import MeshConfig
 from llava_jax.train.sharding import make_mesh
-from llava_jax.train.splash import make_attend, make_splash
+from llava_jax.train.splash import make_splash
+from llava_jax.train.step import make_attend
 from tests.train.runs import ROOT
 
 T = 128
@@ -75,7 +76,7 @@ def test_no_derivative_crosses_a_segment(splash: Attend):
 def test_other_calls_go_to_plain_attention(splash: Attend):
     q, k, v = _inputs()
     np.testing.assert_array_equal(splash(q, k, v, Scope()), attend_xla(q, k, v, Scope()))
-    assert make_attend(make_mesh(MeshConfig())) is attend_xla
+    assert make_attend(make_mesh(MeshConfig()), most_records=3) is attend_xla
 
 
 SCRIPT = """
@@ -84,11 +85,11 @@ from jax.experimental import topologies
 from llava_jax.models.attention import Scope
 from llava_jax.train.config import MeshConfig
 from llava_jax.train.sharding import batch_sharding, make_mesh
-from llava_jax.train.splash import make_attend
+from llava_jax.train.step import make_attend
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = make_mesh(MeshConfig(tensor=2), devices)
-attend, rows = make_attend(mesh), batch_sharding(mesh)
+attend, rows = make_attend(mesh, most_records=3), batch_sharding(mesh)
 q, k = (jax.ShapeDtypeStruct((2, 2048, n, 128), jnp.bfloat16, sharding=rows) for n in (8, 2))
 ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=rows)
 loss = lambda q, k, v, ids: attend(q, k, v, Scope(ids, ids, ids, ids, causal=True)).astype(jnp.float32).sum()

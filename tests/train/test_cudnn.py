@@ -1,0 +1,196 @@
+"""cuDNN's attention: what it is told of a packed row, on any machine; that it sees nothing else, where there is one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from llava_jax.models.attention import Scope, attend_xla
+from llava_jax.train import cudnn
+from llava_jax.train.config import MeshConfig
+from llava_jax.train.cudnn import find_runs, make_cudnn, why_not
+from llava_jax.train.sharding import make_mesh
+from llava_jax.train.step import REMAT, make_attend
+
+fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+T = 32
+# Three records and padding; a record of one token; a row that is all padding.
+SEGMENTS = np.stack(
+    [np.repeat([1, 2, 3, 0], [10, 12, 6, 4]), np.repeat([1, 2, 0], [1, 31, 0]), np.zeros(T, int)]
+).astype(np.int32)
+HAS_KERNEL = jax.default_backend() == "gpu" and why_not() is None
+
+
+def _scope(**changed: object) -> Scope:
+    segments = jnp.asarray(SEGMENTS)
+    slots = jnp.broadcast_to(jnp.arange(T), segments.shape)
+    return Scope(segments, segments, slots, slots, causal=True)._replace(**changed)
+
+
+def _inputs(dtype: str = "bfloat16") -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((len(SEGMENTS), T, n, 16)), dtype) for n in (4, 2, 2))
+    return q, k, v
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the kernel's place plain attention over what its documentation says of lengths and offsets."""
+
+    def attend(q, k, v, *, scale, mask_type, q_seqlen=None, kv_seqlen=None, q_offsets=None, kv_offsets=None):
+        assert scale == pytest.approx(q.shape[-1] ** -0.5)
+        if mask_type == fused.MaskType.NO_MASK:
+            return attend_xla(q, k, v, Scope())
+        assert mask_type == fused.MaskType.PADDING_CAUSAL
+        np.testing.assert_array_equal(q_seqlen, kv_seqlen)
+        np.testing.assert_array_equal(q_offsets, kv_offsets)
+        assert q_seqlen is not None
+        assert q_offsets is not None
+        assert q_offsets.shape[1] == q_seqlen.shape[1] + 1
+        # What no sequence covers is left unwritten.
+        mixed = np.full(q.shape, np.nan, q.dtype)
+        for row, (lengths, starts) in enumerate(zip(np.asarray(q_seqlen), np.asarray(q_offsets), strict=True)):
+            for length, start in zip(lengths[lengths >= 0], starts[starts >= 0], strict=True):
+                own = slice(start, start + length)
+                slots = jnp.arange(length)[None]
+                scope = Scope(query_positions=slots, key_positions=slots, causal=True)
+                mixed[row, own] = attend_xla(
+                    q[row : row + 1, own], k[row : row + 1, own], v[row : row + 1, own], scope
+                )[0]
+        return jnp.asarray(mixed)
+
+    def on_host(q, k, v, **settings):
+        named = {name: settings.pop(name) for name in list(settings) if not isinstance(settings[name], jax.Array)}
+        plain = functools.partial(attend, **named)
+        out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        names = list(settings)
+
+        def call(q, k, v, *arrays):
+            return plain(*map(jnp.asarray, (q, k, v)), **dict(zip(names, map(jnp.asarray, arrays), strict=True)))
+
+        return jax.pure_callback(call, out, q, k, v, *settings.values())
+
+    monkeypatch.setattr(fused, "dot_product_attention", on_host)
+
+
+def test_runs_of_a_packed_row():
+    lengths, starts = find_runs(jnp.array([[1, 1, 1, 2, 0, 0], [1, 2, 3, 4, 4, 4]], jnp.int32), 4)
+    np.testing.assert_array_equal(lengths, [[3, 1, 2, -1], [1, 1, 1, 3]])
+    np.testing.assert_array_equal(starts, [[0, 3, 4, -1, -1], [0, 1, 2, 3, -1]])
+
+
+def test_every_slot_belongs_to_a_run():
+    lengths, starts = map(np.asarray, find_runs(jnp.asarray(SEGMENTS), 4))
+    assert (np.where(lengths > 0, lengths, 0).sum(axis=1) == T).all()
+    assert ((starts[:, :-1] >= 0) == (lengths > 0)).all()
+
+
+@pytest.mark.usefixtures("documented")
+@pytest.mark.parametrize("scope", [_scope(), Scope()], ids=["packed", "sees all"])
+def test_the_kernel_is_asked_for_what_plain_attention_does(mesh: Mesh, scope: Scope):
+    q, k, v = _inputs()
+    found = make_cudnn(mesh, most_records=3)(q, k, v, scope)
+    expected = attend_xla(q, k, v, scope)
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
+
+
+@pytest.mark.parametrize("changed", [{"window": 5}, {"key_segments": None, "query_segments": None}], ids=str)
+def test_other_calls_go_to_plain_attention(mesh: Mesh, changed: dict[str, object]):
+    scope = _scope(**changed)
+    found, expected = (attend(*_inputs(), scope) for attend in (make_cudnn(mesh, most_records=3), attend_xla))
+    np.testing.assert_array_equal(np.float32(found), np.float32(expected))
+
+
+def test_float32_goes_to_plain_attention(mesh: Mesh):
+    inputs = _inputs("float32")
+    found = make_cudnn(mesh, most_records=3)(*inputs, _scope())
+    np.testing.assert_array_equal(found, attend_xla(*inputs, _scope()))
+
+
+@pytest.fixture
+def lowered_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets JAX lower the kernel where there is no GPU: what asks the driver is answered for a Hopper."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+@pytest.mark.usefixtures("lowered_only")
+@pytest.mark.parametrize("remat", ["nothing", "elementwise", "linear"])
+def test_a_gradient_calls_the_kernel_once_each_way(mesh: Mesh, remat: str):
+    """Also under recomputation: the kernel's own results are kept, so that it does not run again."""
+    attend = make_cudnn(mesh, most_records=3)
+
+    def layer(q, k, v):
+        return attend(q * 2, k, v, _scope()) + 1
+
+    def loss(q, k, v):
+        wrap = REMAT[remat]
+        return (wrap(layer) if wrap else layer)(q, k, v).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    text = gradient.trace(*_inputs()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    assert "PADDING_CAUSAL" in text
+    # Three records and the padding behind them, in each of three rows.
+    assert "\\22max_seg_per_batch\\22: 4" in text
+
+
+def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    """One that lets records see each other, one that is not finite, one that does not start."""
+    monkeypatch.setattr(cudnn, "CAPABILITY", 0.0)
+    monkeypatch.setattr(type(jax.local_devices()[0]), "compute_capability", "9.0", raising=False)
+
+    def leaking(q, k, v, ids, *, most_runs):
+        slots = jnp.broadcast_to(jnp.arange(q.shape[1]), ids.shape)
+        return attend_xla(q, k, v, Scope(query_positions=slots, key_positions=slots, causal=True))
+
+    def sound(q, k, v, ids, *, most_runs):
+        slots = jnp.broadcast_to(jnp.arange(q.shape[1]), ids.shape)
+        return attend_xla(q, k, v, Scope(ids, ids, slots, slots, causal=True))
+
+    def unwritten(q, k, v, ids, *, most_runs):
+        return jnp.where((ids > 0)[..., None, None], sound(q, k, v, ids, most_runs=most_runs), jnp.nan)
+
+    def absent(q, k, v, ids, *, most_runs):
+        raise RuntimeError("cuDNN is not detected.")
+
+    for kernel, expected in (
+        (leaking, "differs"),
+        (unwritten, "plain attention by inf"),
+        (absent, "cuDNN is not detected"),
+    ):
+        monkeypatch.setattr(cudnn, "_attend_packed", kernel)
+        assert expected in str(why_not()), kernel
+    monkeypatch.setattr(cudnn, "_attend_packed", sound)
+    assert why_not() is None
+
+
+def test_a_machine_without_such_a_gpu_says_so():
+    if not HAS_KERNEL:
+        assert "no NVIDIA GPU from Hopper on" in str(why_not()) or jax.default_backend() == "gpu"
+
+
+@pytest.mark.skipif(not HAS_KERNEL, reason="needs a Hopper GPU and cuDNN")
+def test_no_derivative_crosses_a_segment():
+    """d(outputs of segment 2) / d(inputs of segments 1 and 3) is exactly zero, and not so within segment 2."""
+    q, k, v = _inputs()
+    second = jnp.asarray(SEGMENTS == 2)[..., None, None]
+    attend = make_attend(make_mesh(MeshConfig()), most_records=3)
+    assert attend is not attend_xla
+
+    def outputs(q, k, v):
+        return jnp.where(second, attend(q, k, v, _scope()), 0.0).astype(jnp.float32).sum()
+
+    for gradient in jax.jit(jax.grad(outputs, (0, 1, 2)))(q, k, v):
+        assert not np.where(second, 0.0, gradient).any()
+        assert np.where(second, gradient, 0.0).any()
