@@ -24,6 +24,7 @@ LEVELS = {
     "shapes": 0,
     "chips": 0,
     "collectives": 0,
+    "compiler": 0,
     "sizes": 1,
     "models": 1,
     "data": 1,

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from llava_jax.compiler import compiler_options
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import UserError
@@ -22,8 +23,6 @@ from llava_jax.models.parameters import Parameters, bind
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
 CACHE_MULTIPLE = 64
-# XLA's own products on CPUs, not YNNPACK's, which take longer for the few rows of a step of decoding.
-FEW_ROWS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # Tokens between two looks at what came out: for stop strings, and for a reader of the stream.
 CHUNK = 16
 
@@ -242,21 +241,11 @@ class _Programs(NamedTuple):
 @functools.cache
 def _programs(platform: str) -> _Programs:
     """`_prefill` and `_advance`, to be compiled as suits the platform."""
-    options = FEW_ROWS if platform == "cpu" and _is_known(FEW_ROWS) else None
-    compiled = functools.partial(jax.jit, compiler_options=options)
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options(platform))
     return _Programs(
         compiled(_prefill, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids")),
         compiled(_advance, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)),
     )
-
-
-def _is_known(options: dict[str, str]) -> bool:
-    """Whether this version of XLA has the options."""
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def _prefill(

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from llava_jax.compiler import compiler_options
 from llava_jax.data.index import check_refusals, load_index
 from llava_jax.data.pipeline import RowReader, read_batches
 from llava_jax.data.plan import make_plan
@@ -74,7 +75,7 @@ class HeldOut:
             found = config.objective(model, batch, context)
             return found.loss, found.weight, votes.sum()
 
-        self._sums = jax.jit(sums)
+        self._sums = jax.jit(sums, compiler_options=compiler_options(mesh.devices.flat[0].platform))
 
     def loss(self, trainable: Parameters, frozen: Parameters, stop: Stop, *, beat: Callable[[], None]) -> float | None:
         """The sum of losses over the sum of weights, over all records; None if the run is asked to stop meanwhile."""

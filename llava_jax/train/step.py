@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
+from llava_jax.compiler import compiler_options
 from llava_jax.models.attention import ATTENTION, Attend, attend_xla
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
@@ -71,7 +72,12 @@ def jit_step(layout: Layout, optimizer: optax.GradientTransformation, *, most_re
         seed=config.seed,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (layout.memory[0], layout.memory[2]))
-    return jax.jit(tallied(step), donate_argnums=(0, 2), out_shardings=(*shardings, NamedSharding(mesh, P())))
+    return jax.jit(
+        tallied(step),
+        donate_argnums=(0, 2),
+        out_shardings=(*shardings, NamedSharding(mesh, P())),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 def make_context(config: TrainConfig, mesh: Mesh, *, most_records: int) -> Context:
