@@ -26,8 +26,9 @@ $(VENV)/%.installed: setup.cfg
 	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
 	touch $@
 
-# Beside the tests' packages, through uv: pip may search for very long among what xmanager and xpk share.
+# Beside the tests' packages what launchers drive, through uv (pip may search for very long among what xmanager and xpk
+# share), and the TPU compiler.
 $(VENV)/launch.installed: $(VENV)/test.installed
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -e '.[test,launch]'
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -e '.[test,launch,plan]'
 	touch $@

@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-# XLA's own products and sums on CPUs, not YNNPACK's: measured faster for the few rows of a step of decoding and for the
-# many of a step of training alike, and YNNPACK's maximum of values with a NaN is none.
+# XLA's own products and sums on CPUs, not YNNPACK's: they are faster for the few rows of a step of decoding and for the
+# many of a step of training (docs/performance.md), and YNNPACK's largest of values with a NaN is a number.
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 

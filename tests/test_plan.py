@@ -145,6 +145,7 @@ def test_adapters_need_no_gradients_of_what_they_adapt(shallow: TrainConfig):
     assert quantized.flops <= quantized.executed_flops
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
 def test_a_tpu_plan_compiles_the_step():
     command = [sys.executable, "-m", "llava_jax.cli", "plan", "--config", "configs/debug_cpu.py", "--json"]
@@ -169,6 +170,7 @@ def test_a_tpu_plan_compiles_the_step():
     assert 0 < found["mfu_ceiling"] < 1
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
 @pytest.mark.parametrize("name", TPUS)
 def test_the_devices_of_every_kind_make_a_mesh(name: str):

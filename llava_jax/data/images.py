@@ -70,20 +70,21 @@ def find_picture(root: str, image: str | bytes) -> Path | bytes:
 def resolve(root: str, name: str) -> Path:
     """The path of a picture named by a record; refuses names that leave the picture folder."""
     try:
-        root = _real_folder(root if os.path.isabs(root) else os.path.join(os.getcwd(), root))
-        folder, base = os.path.split(os.path.join(root, name))
+        real = _real_folder(root if os.path.isabs(root) else os.path.join(os.getcwd(), root))
+        folder, base = os.path.split(os.path.join(real, name))
         path = os.path.join(_real_folder(folder), base)
         if base in ("", ".", "..") or _is_link(path):
             path = os.path.realpath(path)
     except ValueError:
         # A NUL, or a lone surrogate: no file system has such a name.
-        path = ""
-    if not os.path.join(path, "").startswith(os.path.join(root, "")):
+        path, real = "", root
+    if not os.path.join(path, "").startswith(os.path.join(real, "")):
         raise Refused("path outside the folder", f"{name!r} does not stay inside {root!r}")
     return Path(path)
 
 
-# A folder is looked up once: each part of its path costs a call to the kernel, and pictures share their folders.
+# A folder is looked up once: each part of its path costs a call to the kernel, and pictures share their folders. What
+# links lead where is taken not to change while a process runs.
 _real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
 

@@ -15,6 +15,9 @@ from llava_jax.train.sharding import BATCH_AXES
 
 # Hopper; kernels for older GPUs take no packed rows.
 CAPABILITY = 9.0
+# What cuDNN takes: heads of this width at most, and places that an int32 can count.
+WIDEST_HEAD = 128
+MOST_PLACES = 2**31
 # What JAX calls the kernel, whose results a remat policy may keep (`step.REMAT`).
 KERNEL = "dot_product_attention_fwd"
 # Largest difference from plain attention that rounding to bfloat16 explains, as a share of the largest value.
@@ -24,9 +27,10 @@ TOLERANCE = 0.03
 def make_cudnn(mesh: Mesh, most_records: int) -> Attend:
     """cuDNN's attention for bfloat16: causal packed rows of at most `most_records` records, and calls that see all.
 
-    Other calls go to plain XLA. The kernel is given slots for positions, as on TPUs (`make_splash`). JAX documents
-    it for whole sequences only, and its public function would let packed records see each other; the kernel behind it
-    takes where each record begins and how long it is (jax PR 25812).
+    Other calls go to plain XLA. The kernel is given slots for positions, as on TPUs (`make_splash`). JAX's public
+    function takes whole sequences only and would let packed records see each other; the one behind it takes where each
+    record begins and how long it is (jax PR 25812). For its gradient it keeps `4 * (most_records + 1)` bytes a head
+    and slot, as much as its result when records are 63 and heads 128 wide.
     """
 
     def attend(
@@ -35,7 +39,8 @@ def make_cudnn(mesh: Mesh, most_records: int) -> Attend:
         segments, heads = scope.query_segments, "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
         spec = P(BATCH_AXES, None, heads, None)
         share = functools.partial(jax.shard_map, mesh=mesh, out_specs=spec, check_vma=False)
-        if q.dtype != jnp.bfloat16 or scope.window is not None:
+        is_known = q.shape[-1] <= WIDEST_HEAD and q.shape[-1] % 8 == 0 and q.size // mesh.size < MOST_PLACES
+        if q.dtype != jnp.bfloat16 or scope.window is not None or not is_known:
             return attend_xla(q, k, v, scope)
         if segments is None and not scope.causal:
             return share(_call, in_specs=(spec, spec, spec))(q, k, v)
@@ -50,7 +55,8 @@ def make_cudnn(mesh: Mesh, most_records: int) -> Attend:
 def find_runs(segment_ids: Int[Array, "b t"], most: int) -> tuple[Int[Array, "b m"], Int[Array, "b _"]]:
     """Lengths of the runs of equal ids, `most` of them, and where each begins, one more; -1 where there is none.
 
-    Padding is a run like any other: what the kernel does not visit, it leaves unwritten.
+    Padding is a run like any other, for what the kernel does not visit it leaves unwritten. There may be no more runs
+    than `most`: those after them would be lost.
 
     Example, most=3:   [1, 1, 1, 2, 0, 0]   ->   lengths [3, 1, 2], starts [0, 3, 4, -1]
     """
@@ -72,6 +78,8 @@ def _attend_packed(
     *,
     most_runs: int,
 ) -> Float[Array, "b t n h"]:
+    # JAX 0.10 counts keys by the queries' heads, and reads elsewhere if there are fewer (jax PR 39521).
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     lengths, starts = find_runs(segment_ids, most_runs)
     runs = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
     return _call(q, k, v, mask="PADDING_CAUSAL", **runs)
@@ -90,7 +98,7 @@ def _call(
 
 
 def why_not() -> str | None:
-    """What keeps a process from using this attention; found by trying it on one of its GPUs, on a packed row.
+    """What keeps a process from using this attention; found by trying it on one of its GPUs, packed and as a tower.
 
     The kernel is no public part of JAX, and cuDNN is whatever is installed, so neither is trusted unseen: a kernel
     that lets one record see another would spoil a run without a word.
@@ -108,25 +116,33 @@ def why_not() -> str | None:
 
 
 def _largest_error() -> float:
-    """How far the kernel's results and gradients are from plain attention's, on rows of several records and padding."""
-    rng = np.random.default_rng(0)
-    t, n, h = 512, 4, 128
-    q, k, v, weights = (jnp.asarray(rng.standard_normal((2, t, n, h)), jnp.bfloat16) for _ in range(4))
-    lengths = ((200, 100, 150, 62), (512, 0, 0, 0))
+    """How far the kernel's results and gradients are from plain attention's, as a share of the largest value.
+
+    On rows of several records and padding with grouped queries, and on a tower's odd number of patches.
+    """
+    lengths = ((200, 100, 150, 62), (1, 500, 1, 10))
     ids = jnp.asarray(np.stack([np.repeat([1, 2, 3, 0], row) for row in lengths]).astype(np.int32))
-    positions = jnp.broadcast_to(jnp.arange(t), ids.shape)
-    scope = Scope(ids, ids, positions, positions, causal=True)
+    slots = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    packed = Scope(ids, ids, slots, slots, causal=True)
+    return max(
+        _difference(lambda q, k, v: _attend_packed(q, k, v, ids, most_runs=4), packed, t=512, heads=(4, 2), h=128),
+        _difference(lambda q, k, v: _call(q, k, v), Scope(), t=577, heads=(4, 4), h=64),
+    )
+
+
+def _difference(run: Any, scope: Scope, *, t: int, heads: tuple[int, int], h: int) -> float:
+    rng = np.random.default_rng(0)
+    n, kv = heads
+    q, k, v, weights = (jnp.asarray(rng.standard_normal((2, t, n, h)), jnp.bfloat16) for n in (n, kv, kv, n))
 
     def both(run: Any) -> Any:
         def total(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
             mixed = run(q, k, v)
             return (mixed * weights).astype(jnp.float32).sum(), mixed
 
-        return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+        return map(jnp.float32, jax.tree.leaves(jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)))
 
-    kernel = both(lambda q, k, v: _attend_packed(q, k, v, ids, most_runs=8))
-    plain = both(lambda q, k, v: attend_xla(q, k, v, scope))
-    pairs = zip(*(map(jnp.float32, jax.tree.leaves(found)) for found in (kernel, plain)), strict=True)
+    pairs = zip(both(run), both(lambda q, k, v: attend_xla(q, k, v, scope)), strict=True)
     # Infinite where a value is not finite: the largest of values with a NaN is not NaN on every device.
     errors = [jnp.where(jnp.isfinite(a).all(), jnp.abs(a - b).max() / jnp.abs(b).max(), jnp.inf) for a, b in pairs]
     return float(jnp.stack(errors).max())

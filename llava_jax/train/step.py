@@ -31,7 +31,7 @@ from llava_jax.train.state import Layout
 TALLIED = ("checksum", "num_replaced")
 
 # What a layer keeps for its backward pass, by what is computed again (`TrainConfig.remat`). Attention names its result;
-# cuDNN's kernel has no names inside, so what else its gradient needs is known by the kernel's own.
+# cuDNN's kernel has no names inside, so what else its gradient needs is recognised by what the kernel is called.
 _POLICIES = jax.checkpoint_policies
 
 
@@ -98,12 +98,11 @@ def make_attend(mesh: Mesh, *, most_records: int) -> Attend:
 
 @functools.cache
 def _has_cudnn() -> bool:
-    """Whether the kernel works on the GPUs of every process; says so once if not."""
+    """Whether the kernel works on the GPUs of every process; those on which it does not say so, once."""
     reason = cudnn.why_not()
-    processes.check_same("attention", str(reason is None), "GPUs and cuDNN")
-    if reason is not None and processes.is_first():
+    if reason is not None:
         print(f"attention: plain XLA's; cuDNN's is not used: {reason}", file=sys.stderr, flush=True)
-    return reason is None
+    return processes.all_have("cudnn", reason is None)
 
 
 def make_step(

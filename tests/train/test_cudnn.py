@@ -141,38 +141,46 @@ def test_a_gradient_calls_the_kernel_once_each_way(mesh: Mesh, remat: str):
     assert text.count("@__cudnn$fmhaSoftmax(") == 1
     assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
     assert "PADDING_CAUSAL" in text
-    # Three records and the padding behind them, in each of three rows.
+    # Three records and the padding behind them, in each of three rows; four heads of queries, and of keys.
+    assert "tensor<3x32x4x16xbf16>, tensor<3x32x4x16xbf16>, tensor<3x32x4x16xbf16>" in text
     assert "\\22max_seg_per_batch\\22: 4" in text
 
 
-def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch):
-    """One that lets records see each other, one that is not finite, one that does not start."""
-    monkeypatch.setattr(cudnn, "CAPABILITY", 0.0)
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None = None, **_: object) -> jax.Array:
+    slots = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return attend_xla(q, k, v, Scope() if ids is None else Scope(ids, ids, slots, slots, causal=True))
+
+
+def _leaking(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, **_: object) -> jax.Array:
+    return _plain(q, k, v, jnp.zeros_like(ids))
+
+
+def _unwritten(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, **_: object) -> jax.Array:
+    return jnp.where((ids > 0)[..., None, None], _plain(q, k, v, ids), jnp.nan)
+
+
+def _absent(*_: object, **__: object) -> jax.Array:
+    raise RuntimeError("cuDNN is not detected.")
+
+
+@pytest.mark.parametrize(
+    ("packed", "tower", "reason"),
+    [
+        (_plain, _plain, None),
+        (_leaking, _plain, "differs"),
+        (_unwritten, _plain, "plain attention by inf"),
+        (_absent, _plain, "cuDNN is not detected"),
+        (_plain, _absent, "cuDNN is not detected"),
+        (_plain, lambda q, k, v: _plain(q, k, 2 * v), "differs"),
+    ],
+)
+def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, packed, tower, reason: str | None):
+    """One that lets records see each other, one that leaves slots unwritten, one that does not start."""
     monkeypatch.setattr(type(jax.local_devices()[0]), "compute_capability", "9.0", raising=False)
-
-    def leaking(q, k, v, ids, *, most_runs):
-        slots = jnp.broadcast_to(jnp.arange(q.shape[1]), ids.shape)
-        return attend_xla(q, k, v, Scope(query_positions=slots, key_positions=slots, causal=True))
-
-    def sound(q, k, v, ids, *, most_runs):
-        slots = jnp.broadcast_to(jnp.arange(q.shape[1]), ids.shape)
-        return attend_xla(q, k, v, Scope(ids, ids, slots, slots, causal=True))
-
-    def unwritten(q, k, v, ids, *, most_runs):
-        return jnp.where((ids > 0)[..., None, None], sound(q, k, v, ids, most_runs=most_runs), jnp.nan)
-
-    def absent(q, k, v, ids, *, most_runs):
-        raise RuntimeError("cuDNN is not detected.")
-
-    for kernel, expected in (
-        (leaking, "differs"),
-        (unwritten, "plain attention by inf"),
-        (absent, "cuDNN is not detected"),
-    ):
-        monkeypatch.setattr(cudnn, "_attend_packed", kernel)
-        assert expected in str(why_not()), kernel
-    monkeypatch.setattr(cudnn, "_attend_packed", sound)
-    assert why_not() is None
+    monkeypatch.setattr(cudnn, "_attend_packed", packed)
+    monkeypatch.setattr(cudnn, "_call", tower)
+    found = why_not()
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_a_machine_without_such_a_gpu_says_so():
