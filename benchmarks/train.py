@@ -82,7 +82,7 @@ def main() -> None:
         runs["dense", "transformers"] = lambda: step(peer_dense) and None
     if chosen.device == "gpu":
         # Both do not fit: one after the other.
-        seconds |= in_turns(runs, repeats=chosen.repeats)
+        seconds |= timed(runs, chosen.repeats)
         runs.clear()
         peaks["transformers"] = torch.cuda.max_memory_allocated() / 1e9
         theirs = step = peer_dense = peer_mixed = None
@@ -96,7 +96,7 @@ def main() -> None:
     compiling = time.perf_counter() - begin
     runs["dense", "ours"] = lambda: ours.step(our_dense) and None
     runs["mixed", "ours"] = lambda: [ours.step(batch) for batch in packed] and None
-    seconds |= in_turns(runs, repeats=chosen.repeats)
+    seconds |= timed(runs, chosen.repeats)
     peaks |= {"ours": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9} if chosen.device == "gpu" else {}
 
     tokens = {"dense": int(np.prod(job.dense)), "mixed": sum(len(c.tokens) for c in mixed)}
@@ -130,6 +130,13 @@ def main() -> None:
         + CONVENTION,
     }
     publish(f"train_{chosen.stage}", chosen, rows, notes)
+
+
+def timed(runs: dict[tuple[str, str], Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of every run; dense ones, of one step each, by themselves and oftener."""
+    dense = {name: run for name, run in runs.items() if name[0] == "dense"}
+    mixed = {name: run for name, run in runs.items() if name[0] == "mixed"}
+    return in_turns(dense, repeats=4 * repeats) | in_turns(mixed, repeats=repeats)
 
 
 def mixed_lengths(job: Job, config: Any, num_text: int) -> list[int]:
