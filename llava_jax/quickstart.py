@@ -41,7 +41,7 @@ EVAL_BATCH = 256
 STAGES = {"tower": "captions", "decoder": "texts", "align": "captions", "tune": "questions"}
 # Questions that the decoder learns to read on, and those that are asked of pictures in stage 2.
 NUM_READING = 56_000
-NUM_QUESTIONS = 18_000
+NUM_QUESTIONS = 26_000
 
 
 def quickstart(workdir: str, *, seed: int) -> None:
