@@ -5,7 +5,7 @@ import functools
 import jax
 
 # XLA's own products and sums on CPUs, not YNNPACK's: they are faster for the few rows of a step of decoding and for the
-# many of a step of training (docs/performance.md), and YNNPACK's largest of values with a NaN is a number.
+# many of a step of training (docs/performance.md), and YNNPACK's largest of values with a NaN may be a number.
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
