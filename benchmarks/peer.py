@@ -81,6 +81,8 @@ def make_peer(config: LlavaConfig, *, device: str, dtype: torch.dtype, **options
         vision_feature_layer=config.select_layer,
         vision_feature_select_strategy="default",
     )
+    # For what is drawn below and for the rest: processes of one comparison have the same weights.
+    torch.manual_seed(0)
     with torch.device(device):
         model: Any = transformers.LlavaForConditionalGeneration._from_config(theirs, dtype=dtype, **options)
     generator = torch.Generator(device).manual_seed(0)

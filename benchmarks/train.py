@@ -9,7 +9,7 @@ full rows. `mixed` gives both the same conversations: the peer's in padded batch
 `group_by_modality_length` groups them on 8 devices, ours packed by the plan that training uses, in no more steps.
 """
 
-import gc
+import contextlib
 import os
 import time
 import types
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.apart import Answer, Calls, apart
 from benchmarks.grouping import group_by_modality_length
 from benchmarks.report import arguments, in_turns, publish, rate, ratio
 
@@ -42,101 +43,171 @@ JOBS = {
 DEVICES = 8
 # Of a row, at most.
 MOST_RECORDS = 64
+# A dense run is one step, a mixed one several.
+DENSE_REPEATS = 4
+
+
+Side = Callable[[str], Answer]
 
 
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
-    import torch
-    import transformers
-
-    from benchmarks import peer
-
-    transformers.logging.set_verbosity_error()
-    job, config = JOBS[chosen.size], peer.SIZES[chosen.size]
-    dense = conversations([job.dense[1]] * job.dense[0], config, num_text=0)
-    # Stage 1 reads captions alone.
-    num_text = 0 if chosen.stage == "stage1" else max(1, job.conversations // 16)
-    mixed = conversations(mixed_lengths(job, config, num_text), config, num_text=num_text)
-    grouped = in_batches(mixed, job.batch)
-    device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
-    dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
-    runs: dict[tuple[str, str], Callable[[], Any]] = {}
-    losses: dict[str, float] = {}
-    seconds: dict[Any, list[float]] = {}
-    # Where the device tells; on a CPU both share a process.
-    peaks: dict[str, float] = {}
-    theirs = None if chosen.only_ours else peer.make_peer(config, device=device, dtype=dtype)
-    weights = None
-    step: Any
-    peer_dense: Any
-    peer_mixed: Any
-    if theirs is not None:
-        weights = peer.our_model(config, theirs).params if chosen.device == "cpu" else None
-        step = peer_step(theirs, chosen.stage, job, is_large=chosen.size == "7b")
-        peer_dense = peer_batch(dense, config, device, dtype)
-        peer_mixed = [peer_batch([mixed[i] for i in batch], config, device, dtype) for batch in grouped]
-        losses["transformers"] = step(peer_dense)
-        runs["mixed", "transformers"] = lambda: [step(batch) for batch in peer_mixed] and None
-        runs["dense", "transformers"] = lambda: step(peer_dense) and None
-    if chosen.device == "gpu":
-        # Both do not fit: one after the other.
-        seconds |= timed(runs, chosen.repeats)
-        runs.clear()
-        peaks["transformers"] = torch.cuda.max_memory_allocated() / 1e9
-        theirs = step = peer_dense = peer_mixed = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    ours = Ours(chosen, config, weights)
-    our_dense = ours.place(ours.rows(dense, [[i] for i in range(len(dense))], job.dense[1], 1))
-    packed, num_rows = ours.pack(mixed, job, len(grouped))
-    begin = time.perf_counter()
-    losses["ours"] = ours.step(our_dense)
-    compiling = time.perf_counter() - begin
-    runs["dense", "ours"] = lambda: ours.step(our_dense) and None
-    runs["mixed", "ours"] = lambda: [ours.step(batch) for batch in packed] and None
-    seconds |= timed(runs, chosen.repeats)
-    peaks |= {"ours": jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9} if chosen.device == "gpu" else {}
-
-    tokens = {"dense": int(np.prod(job.dense)), "mixed": sum(len(c.tokens) for c in mixed)}
-    slots = {
-        ("dense", "ours"): tokens["dense"],
-        ("dense", "transformers"): tokens["dense"],
-        ("mixed", "ours"): num_rows * job.length,
-        ("mixed", "transformers"): sum(len(batch) * max(len(mixed[i].tokens) for i in batch) for batch in grouped),
-    }
-    peak = peak_flops(chosen.device)
-    useful = {"dense": ours.flops(our_dense), "mixed": sum(map(ours.flops, packed))}
-    rows = []
-    for (kind, name), found in seconds.items():
-        other = seconds.get((kind, "transformers"))
-        row = {"data": kind, "of": name, "real tokens/s": rate(tokens[kind], found)}
-        row["tokens of slots"] = f"{tokens[kind] / slots[kind, name]:.0%}"
-        row["MFU"] = f"{useful[kind] / np.median(found) / peak:.0%}" if name == "ours" else ""
-        row["peak memory, GB"] = peaks.get(name, "") if kind == "mixed" else ""
-        row["ours/peer"] = ratio(other, found) if name == "ours" and other is not None else ""
-        rows.append(row)
+    from llava_jax.heap import HEAP
     from llava_jax.train.flops import CONVENTION
 
+    heap = {"GLIBC_TUNABLES": HEAP} if chosen.device == "cpu" else {}
+    # Ours with the heap that `llava-jax train` starts itself with; the peer as its users start it, and with ours.
+    sides: dict[str, tuple[Callable[[Any], Calls], Mapping[str, str]]] = {"ours": (our_calls, heap)}
+    if not chosen.only_ours:
+        sides["transformers"] = peer_calls, {}
+        if heap:
+            sides["transformers, our heap"] = peer_calls, heap
+    seconds: dict[tuple[str, str], list[float]] = {}
+    facts: dict[str, Facts] = {}
+    # On a GPU both do not fit: one after the other.
+    for names in [list(sides)] if chosen.device == "cpu" else [[name] for name in sides]:
+        with contextlib.ExitStack() as stack:
+            asked: dict[str, Side] = {}
+            for name in names:
+                make, environment = sides[name]
+                asked[name] = stack.enter_context(apart(make, chosen, environment=environment))
+                facts[name] = asked[name]("facts").value
+            seconds |= timed(asked, chosen.repeats)
+            facts |= {name: side("facts").value for name, side in asked.items()}
+
+    ours, peak = facts["ours"], peak_flops(chosen.device)
+    rows = []
+    for (kind, name), found in seconds.items():
+        row = {"data": kind, "of": name, "real tokens/s": rate(ours.tokens[kind], found)}
+        row["tokens of slots"] = f"{ours.tokens[kind] / facts[name].slots[kind]:.0%}"
+        row["MFU"] = f"{ours.flops[kind] / np.median(found) / peak:.0%}" if name == "ours" else ""
+        row["peak memory, GB"] = (facts[name].peak or "") if kind == "mixed" else ""
+        row["ours/peer"] = "" if name == "ours" else ratio(found, seconds[kind, "ours"])
+        rows.append(row)
+    job = JOBS[chosen.size]
     notes = {
-        "what": f"{chosen.stage}, {ours.size:,} parameters, {dtype}, tower frozen, AdamW, clipping; dense "
-        f"{job.dense[0]} rows of {job.dense[1]}; mixed {len(mixed)} conversations of {tokens['mixed']:,} tokens, "
-        f"{len(grouped)} batches of {job.batch} against {len(packed)} of {num_rows // len(packed)} rows of "
-        f"{job.length}; {chosen.repeats} repeats in turns",
-        "first step of ours, compiling included": f"{compiling:.1f} s",
-        "loss of the first dense step": ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()),
+        "what": f"{chosen.stage}, {ours.what}, tower frozen, AdamW, clipping; dense {job.dense[0]} rows of "
+        f"{job.dense[1]}; {chosen.repeats} repeats in turns, {DENSE_REPEATS} times as many of dense, each side in a "
+        "process of its own",
+        "first step of ours, compiling included": f"{ours.compiling:.1f} s",
+        "loss of the first dense step": ", ".join(f"{name} {facts[name].loss:.6f}" for name in facts),
         "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
         + CONVENTION,
     }
     publish(f"train_{chosen.stage}", chosen, rows, notes)
 
 
-def timed(runs: dict[tuple[str, str], Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
-    """Seconds of every run; dense ones, of one step each, by themselves and oftener."""
-    dense = {name: run for name, run in runs.items() if name[0] == "dense"}
-    mixed = {name: run for name, run in runs.items() if name[0] == "mixed"}
-    return in_turns(dense, repeats=4 * repeats) | in_turns(mixed, repeats=repeats)
+def timed(sides: Mapping[str, Side], repeats: int) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every run; dense ones, of one step each, by themselves and oftener.
+
+    A peer with our heap runs these alone: mixed ones take it minutes.
+    """
+    runs = {
+        kind: {(kind, name): lambda kind=kind, side=side: side(kind).seconds for name, side in sides.items()}
+        for kind in ("dense", "mixed")
+    }
+    runs["mixed"].pop(("mixed", "transformers, our heap"), None)
+    return in_turns(runs["dense"], repeats=DENSE_REPEATS * repeats) | in_turns(runs["mixed"], repeats=repeats)
+
+
+class Facts(NamedTuple):
+    """What a side tells of itself: tokens, slots and FLOPs of each kind of data, its first loss, GB at the peak.
+
+    The peak is known where the device tells.
+    """
+
+    tokens: Mapping[str, int]
+    slots: Mapping[str, int]
+    loss: float
+    peak: float | None
+    flops: Mapping[str, int] = {}
+    compiling: float = 0.0
+    what: str = ""
+
+
+class Data(NamedTuple):
+    """What both sides train on, the same in every process: conversations, and the peer's batches of the mixed ones."""
+
+    job: Job
+    config: Any
+    dense: list[Any]
+    mixed: list[Any]
+    grouped: list[list[int]]
+
+    def tokens(self) -> dict[str, int]:
+        return {"dense": int(np.prod(self.job.dense)), "mixed": sum(len(example.tokens) for example in self.mixed)}
+
+
+def make_data(chosen: Any) -> Data:
+    from benchmarks import peer
+
+    job, config = JOBS[chosen.size], peer.SIZES[chosen.size]
+    dense = conversations([job.dense[1]] * job.dense[0], config, num_text=0)
+    # Stage 1 reads captions alone.
+    num_text = 0 if chosen.stage == "stage1" else max(1, job.conversations // 16)
+    mixed = conversations(mixed_lengths(job, config, num_text), config, num_text=num_text)
+    return Data(job, config, dense, mixed, in_batches(mixed, job.batch))
+
+
+def peer_calls(chosen: Any) -> Calls:
+    """The peer, made here: its dense step, its mixed ones, and its facts."""
+    import torch
+    import transformers
+
+    from benchmarks import peer
+
+    transformers.logging.set_verbosity_error()
+    data = make_data(chosen)
+    device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
+    dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
+    theirs = peer.make_peer(data.config, device=device, dtype=dtype)
+    step = peer_step(theirs, chosen.stage, data.job, is_large=chosen.size == "7b")
+    dense = peer_batch(data.dense, data.config, device, dtype)
+    mixed = [peer_batch([data.mixed[i] for i in batch], data.config, device, dtype) for batch in data.grouped]
+    slots = {
+        "dense": data.tokens()["dense"],
+        "mixed": sum(len(batch) * max(len(data.mixed[i].tokens) for i in batch) for batch in data.grouped),
+    }
+    loss = step(dense)
+
+    def facts() -> Facts:
+        peak = torch.cuda.max_memory_allocated() / 1e9 if chosen.device == "gpu" else None
+        return Facts(data.tokens(), slots, loss, peak)
+
+    return {"dense": lambda: step(dense), "mixed": lambda: [step(batch) for batch in mixed], "facts": facts}
+
+
+def our_calls(chosen: Any) -> Calls:
+    """Ours, on a CPU with the peer's weights: its dense step, its mixed ones, and its facts."""
+    import jax
+    import torch
+
+    from benchmarks import peer
+
+    data = make_data(chosen)
+    weights = None
+    if chosen.device == "cpu" and not chosen.only_ours:
+        weights = peer.our_model(data.config, peer.make_peer(data.config, device="cpu", dtype=torch.float32)).params
+    ours = Ours(chosen, data.config, weights)
+    dense = ours.place(ours.rows(data.dense, [[i] for i in range(len(data.dense))], data.job.dense[1], 1))
+    mixed, num_rows = ours.pack(data.mixed, data.job, len(data.grouped))
+    begin = time.perf_counter()
+    loss = ours.step(dense)
+    compiling = time.perf_counter() - begin
+    slots = {"dense": data.tokens()["dense"], "mixed": num_rows * data.job.length}
+    flops = {"dense": ours.flops(dense), "mixed": sum(map(ours.flops, mixed))}
+    what = (
+        f"{ours.size:,} parameters, {ours.config.compute_dtype}; mixed {len(data.mixed)} conversations of "
+        f"{data.tokens()['mixed']:,} tokens, {len(data.grouped)} batches of {data.job.batch} against {len(mixed)} of "
+        f"{num_rows // len(mixed)} rows of {data.job.length}"
+    )
+
+    def facts() -> Facts:
+        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9 if chosen.device == "gpu" else None
+        return Facts(data.tokens(), slots, loss, peak, flops, compiling, what)
+
+    return {"dense": lambda: ours.step(dense), "mixed": lambda: [ours.step(batch) for batch in mixed], "facts": facts}
 
 
 def mixed_lengths(job: Job, config: Any, num_text: int) -> list[int]:

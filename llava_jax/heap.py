@@ -5,10 +5,17 @@ import sys
 from collections.abc import Iterable
 from glob import glob
 
-# Huge pages, and large blocks from the heap, which is never trimmed.
+# Huge pages; large blocks from the heap, which is never trimmed; one heap for all threads, since that of one of them
+# has no room for blocks of more than 64 MB, which would go back to the kernel after all.
 HEAP = ":".join(
     f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_threshold=4294967296", "trim_threshold=4294967296", "top_pad=67108864")
+    for name in (
+        "hugetlb=1",
+        "mmap_threshold=4294967296",
+        "trim_threshold=4294967296",
+        "top_pad=67108864",
+        "arena_max=1",
+    )
 )
 # Where Linux shows NVIDIA's and AMD's GPUs, and TPUs.
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")

@@ -83,9 +83,13 @@ def resolve(root: str, name: str) -> Path:
     return Path(path)
 
 
-# A folder is looked up once: each part of its path costs a call to the kernel, and pictures share their folders. What
-# links lead where is taken not to change while a process runs.
-_real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
+@functools.lru_cache(maxsize=1024)
+def _real_folder(path: str) -> str:
+    """A folder's real path, looked up once: each part of it costs a call to the kernel, and pictures share folders.
+
+    What links lead where is taken not to change while a process runs.
+    """
+    return os.path.realpath(path)
 
 
 def _is_link(path: str) -> bool:

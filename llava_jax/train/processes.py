@@ -146,11 +146,6 @@ def check_same(name: str, word: str, what: str) -> None:
         raise UserError(f"All processes of a run must have the same {what}; they differ. Give each the same.")
 
 
-def all_have(name: str, value: bool) -> bool:
-    """Whether `value` is true in every process."""
-    return set(_all_words(name, str(value))) == {"True"}
-
-
 def _all_words(name: str, word: str) -> list[str]:
     if not are_several():
         return [word]

@@ -102,7 +102,7 @@ def _has_cudnn() -> bool:
     reason = cudnn.why_not()
     if reason is not None:
         print(f"attention: plain XLA's; cuDNN's is not used: {reason}", file=sys.stderr, flush=True)
-    return processes.all_have("cudnn", reason is None)
+    return processes.all_agree("cudnn", reason is None)
 
 
 def make_step(
