@@ -4,37 +4,110 @@ python -m benchmarks.generate                          # about 70M parameters, f
 python -m benchmarks.generate --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, one GPU
 """
 
+import contextlib
+import functools
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from benchmarks.apart import Calls, apart
 from benchmarks.report import arguments, in_turns, publish, quartiles, rate, ratio
 
 # A system prompt, a picture's features and a short question, as LLaVA-1.5 has them: 46 tokens beside the picture.
 TEXT_TOKENS = 46
+BATCHES = {"cpu": (1, 8), "gpu": (1, 8, 64)}
+# How transformers generates, by the name of its row.
+PEERS: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {"transformers": {}},
+    "gpu": {"transformers": {}, "transformers, compiled": {"cache_implementation": "static"}},
+}
 
 
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=("small", "7b", "tiny"))
-    import numpy as np
-    import torch
-    import transformers
+    # Both sides share a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    count = new_tokens(chosen)
+    bandwidth = read_bandwidth(chosen.device)
+    peers = [] if chosen.only_ours else list(PEERS[chosen.device])
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(apart(our_calls, chosen, environment={}))
+        asked = {"ours": ours}
+        if peers:
+            theirs = stack.enter_context(apart(peer_calls, chosen, environment={}))
+            asked |= dict.fromkeys(peers, theirs)
+        what, bytes_read = ours("facts").value
+        for batch in BATCHES[chosen.device]:
+            answers = {name: side(f"{name}, {batch} x {count}").value for name, side in asked.items()}
+            seconds = in_turns(
+                {
+                    (name, tokens): lambda side=side, call=f"{name}, {batch} x {tokens}": side(call).seconds
+                    for name, side in asked.items()
+                    for tokens in (1, count)
+                },
+                repeats=chosen.repeats,
+            )
 
+            def after_first(name: str, seconds=seconds) -> list[float]:
+                return [a - b for a, b in zip(seconds[name, count], seconds[name, 1], strict=True)]
+
+            for name in asked:
+                decode, is_ours = rate(batch * (count - 1), after_first(name)), name == "ours"
+                row = {"batch": batch, "of": name, "first token, ms": quartiles([1e3 * s for s in seconds[name, 1]])}
+                row["decode, tokens/s"] = decode
+                row["of read bandwidth"] = f"{decode['median'] / batch * bytes_read[batch] / bandwidth:.0%}"
+                row["first token, peer/ours"] = "" if is_ours else ratio(seconds[name, 1], seconds["ours", 1])
+                row["decode, ours/peer"] = "" if is_ours else ratio(after_first(name), after_first("ours"))
+                row["same ids"] = "" if is_ours else _agreement(answers["ours"], answers[name])
+                rows.append(row)
+    notes = {
+        "what": f"{what}; {count} new tokens, greedy; {chosen.repeats} repeats in turns, each side in a process of its "
+        "own",
+        "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
+    }
+    publish("generate", chosen, rows, notes)
+
+
+def new_tokens(chosen: Any) -> int:
+    return {"tiny": 8}.get(chosen.size, 64)
+
+
+def draw(config: Any, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of prompts, IMAGE_TOKEN where a picture's features go, and the pictures, the same in every process."""
+    from llava_jax.data.conversation import IMAGE_TOKEN
+
+    rng = np.random.default_rng(batch)
+    length, side = TEXT_TOKENS + config.num_features, config.vision.image_size
+    tokens = rng.integers(3, config.text.vocab_size - 1, (batch, length), dtype=np.int32)
+    tokens[:, 0], tokens[:, 36 : 36 + config.num_features] = 1, IMAGE_TOKEN
+    return tokens, rng.integers(0, 256, (batch, 1, side, side, 3), dtype=np.uint8)
+
+
+def make_peer(chosen: Any) -> Any:
+    import torch
+
+    from benchmarks import peer
+
+    device, dtype = {"cpu": ("cpu", torch.float32), "gpu": ("cuda", torch.bfloat16)}[chosen.device]
+    return peer.make_peer(peer.SIZES[chosen.size], device=device, dtype=dtype)
+
+
+def our_calls(chosen: Any) -> Calls:
+    """Ours, with the peer's weights: ids of answers by batch and number of tokens; what it is, and bytes it reads."""
     from benchmarks import peer
     from llava_jax import generate
     from llava_jax.data.anyres import one_tile
-    from llava_jax.data.conversation import IMAGE_TOKEN, Tokenized
+    from llava_jax.data.conversation import Tokenized
     from llava_jax.data.rows import make_example
     from llava_jax.inference.generate import Sampling
     from llava_jax.inference.model import Processor
-    from llava_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
-    transformers.logging.set_verbosity_error()
     config = peer.SIZES[chosen.size]
-    device = {"cpu": "cpu", "gpu": "cuda"}[chosen.device]
-    dtype = {"cpu": torch.float32, "gpu": torch.bfloat16}[chosen.device]
-    theirs = peer.make_peer(config, device=device, dtype=dtype)
-    ours = peer.our_model(config, theirs)
+    ours = peer.our_model(config, make_peer(chosen))
     processor = Processor(
         tokenizer=_Wordless(),  # pyright: ignore[reportArgumentType]
         template=None,
@@ -42,75 +115,62 @@ def main() -> None:
         image_size=config.vision.image_size,
         num_features=config.num_features,
     )
-    new_tokens = {"tiny": 8}.get(chosen.size, 64)
-    bandwidth = read_bandwidth(chosen.device)
-    rows: list[dict[str, Any]] = []
-    for batch in {"cpu": (1, 8), "gpu": (1, 8, 64)}[chosen.device]:
-        rng = np.random.default_rng(batch)
-        length, side = TEXT_TOKENS + config.num_features, config.vision.image_size
-        tokens = rng.integers(3, config.text.vocab_size - 1, (batch, length), dtype=np.int32)
-        tokens[:, 0], tokens[:, 36 : 36 + config.num_features] = 1, IMAGE_TOKEN
-        pixels = rng.integers(0, 256, (batch, 1, side, side, 3), dtype=np.uint8)
+
+    def answer(prompts: Any, count: int) -> list[list[int]]:
+        return [answer.token_ids for answer in generate(ours, processor, prompts, Sampling(max_new_tokens=count))]
+
+    calls: dict[str, Any] = {}
+    for batch in BATCHES[chosen.device]:
         prompts = [
-            make_example(Tokenized(ids, np.zeros(length, bool)), [tile], [one_tile(config.num_features)], side)
-            for ids, tile in zip(tokens, pixels, strict=True)
+            make_example(
+                Tokenized(ids, np.zeros(len(ids), bool)),
+                [tile],
+                [one_tile(config.num_features)],
+                config.vision.image_size,
+            )
+            for ids, tile in zip(*draw(config, batch), strict=True)
         ]
+        for count in (1, new_tokens(chosen)):
+            calls[f"ours, {batch} x {count}"] = functools.partial(answer, prompts, count)
+    dtype = next(iter(ours.params.values())).dtype
+    length = TEXT_TOKENS + config.num_features
+    what = f"{sum(v.size for v in ours.params.values()):,} parameters, {dtype}; prompts of {length} tokens, one picture"
+    middle = length + new_tokens(chosen) // 2
+    read = {batch: decode_bytes(ours.params, config, batch, middle, dtype.itemsize) for batch in BATCHES[chosen.device]}
+    return calls | {"facts": lambda: (what, read)}
+
+
+def peer_calls(chosen: Any) -> Calls:
+    """The peer: ids of answers by row, batch and number of tokens."""
+    import torch
+    import transformers
+
+    from benchmarks import peer
+    from llava_jax.data.conversation import IMAGE_TOKEN
+    from llava_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+
+    transformers.logging.set_verbosity_error()
+    config, theirs = peer.SIZES[chosen.size], make_peer(chosen)
+
+    def answer(inputs: Any, count: int, options: Any) -> list[list[int]]:
+        with torch.inference_mode():
+            found = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
+        return found[:, inputs["input_ids"].shape[1] :].tolist()
+
+    calls: dict[str, Any] = {}
+    for batch in BATCHES[chosen.device]:
+        tokens, pixels = draw(config, batch)
         normal = (pixels[:, 0] / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
         inputs = {
             "input_ids": torch.tensor(np.where(tokens == IMAGE_TOKEN, peer.image_id(config), tokens).astype(np.int64)),
-            "attention_mask": torch.ones((batch, length), dtype=torch.int64),
-            "pixel_values": torch.tensor(normal.transpose(0, 3, 1, 2), dtype=dtype),
+            "attention_mask": torch.ones(tokens.shape, dtype=torch.int64),
+            "pixel_values": torch.tensor(normal.transpose(0, 3, 1, 2), dtype=theirs.dtype),
         }
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-
-        def answer(count: int, prompts=prompts) -> list[list[int]]:
-            answers = generate(ours, processor, prompts, Sampling(max_new_tokens=count))
-            return [answer.token_ids for answer in answers]
-
-        def peer_answer(count: int, options: Any, inputs=inputs, length=length) -> list[list[int]]:
-            with torch.inference_mode():
-                found = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
-            return found[:, length:].tolist()
-
-        peers: dict[str, dict[str, Any]] = {"transformers": {}}
-        if chosen.device == "gpu":
-            peers["transformers, compiled"] = {"cache_implementation": "static"}
-        if chosen.only_ours:
-            peers = {}
-        runs = {("ours", count): lambda count=count: answer(count) for count in (1, new_tokens)}
-        for name, options in peers.items():
-            for count in (1, new_tokens):
-                runs[name, count] = lambda count=count, options=options: peer_answer(count, options)
-        equal = {
-            name: _agreement(answer(new_tokens), peer_answer(new_tokens, options)) for name, options in peers.items()
-        }
-        seconds = in_turns(runs, repeats=chosen.repeats)
-        per_token = decode_bytes(ours.params, config, batch, length + new_tokens // 2, dtype.itemsize)
-
-        def after_first(name: str, seconds=seconds) -> list[float]:
-            return [a - b for a, b in zip(seconds[name, new_tokens], seconds[name, 1], strict=True)]
-
-        for name in ("ours", *peers):
-            decode = rate(batch * (new_tokens - 1), after_first(name))
-            rows.append(
-                {
-                    "batch": batch,
-                    "of": name,
-                    "first token, ms": quartiles([1e3 * s for s in seconds[name, 1]]),
-                    "decode, tokens/s": decode,
-                    "of read bandwidth": f"{decode['median'] / batch * per_token / bandwidth:.0%}",
-                    "first token, peer/ours": "" if name == "ours" else ratio(seconds[name, 1], seconds["ours", 1]),
-                    "decode, ours/peer": "" if name == "ours" else ratio(after_first(name), after_first("ours")),
-                    "same ids": "" if name == "ours" else equal[name],
-                }
-            )
-    notes = {
-        "what": f"{sum(v.size for v in ours.params.values()):,} parameters, {dtype}; prompts of "
-        f"{TEXT_TOKENS + config.num_features} tokens, one picture each; {new_tokens} new tokens, greedy; "
-        f"{chosen.repeats} repeats in turns",
-        "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
-    }
-    publish("generate", chosen, rows, notes)
+        inputs = {name: value.to(theirs.device) for name, value in inputs.items()}
+        for name, options in PEERS[chosen.device].items():
+            for count in (1, new_tokens(chosen)):
+                calls[f"{name}, {batch} x {count}"] = functools.partial(answer, inputs, count, options)
+    return calls
 
 
 def read_bandwidth(device: str) -> float:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 # What attention computes, for remat policies that save it.
 ATTENTION = "attention"
+# Into how many blocks of queries plain XLA cuts a causal sequence at most, and the fewest queries of one.
+MOST_BLOCKS = 8
+SMALLEST_BLOCK = 128
 
 
 class Scope(NamedTuple):
@@ -45,6 +48,26 @@ class Scope(NamedTuple):
             mask = seen if mask is None else mask & seen
         return mask
 
+    def is_causal_self(self) -> bool:
+        """Whether a sequence attends to itself: told by positions that are one array, in the order of slots.
+
+        Records of a packed row follow each other, so no query sees a key of a later slot.
+        """
+        return self.causal and self.query_positions is self.key_positions
+
+    def block(self, begin: int, end: int) -> "Scope":
+        """The scope of the queries from slot `begin` to `end`, and of the keys before `end`."""
+
+        def part(x: Array | None, first: int) -> Array | None:
+            return None if x is None else x[:, first:end]
+
+        return self._replace(
+            query_segments=part(self.query_segments, begin),
+            key_segments=part(self.key_segments, 0),
+            query_positions=part(self.query_positions, begin),
+            key_positions=part(self.key_positions, 0),
+        )
+
 
 @runtime_checkable
 class Attend(Protocol):
@@ -77,6 +100,26 @@ def attend_xla(
     scope: Scope,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention in plain XLA, for any device.
+
+    A causal sequence is cut into blocks of queries, each of which is given the keys before its end alone: nearly half
+    of the scores are not computed, and those of a block stay in a CPU's caches.
+    """
+    t = q.shape[1]
+    size = max(SMALLEST_BLOCK, -(-t // MOST_BLOCKS))
+    if not scope.is_causal_self() or t <= size:
+        return attend_whole(q, k, v, scope)
+    ends = [(begin, min(begin + size, t)) for begin in range(0, t, size)]
+    blocks = [attend_whole(q[:, a:z], k[:, :z], v[:, :z], scope.block(a, z)) for a, z in ends]
+    return jnp.concatenate(blocks, axis=1)
+
+
+def attend_whole(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s k h"],
+    v: Float[Array, "b s k h"],
+    scope: Scope,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention of every query and every key at once.
 
     The softmax runs in float32 whatever the inputs are, as in `eager_attention_forward` of transformers.
     """

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from llava_jax.chips import KINDS
-from llava_jax.models.attention import Scope, attend_xla, unconstrained
+from llava_jax.models.attention import Scope, attend_whole, unconstrained
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import dropout_keys
 from llava_jax.models.parameters import Parameters, bind
@@ -31,7 +31,7 @@ CONVENTION = (
 
 def model_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     """FLOPs that a step of this batch needs, whatever device and implementation runs it (see `CONVENTION`)."""
-    full, halved = (_trace(layout, batch, attend, None) for attend in (attend_xla, _attend_freely))
+    full, halved = (_trace(layout, batch, attend, None) for attend in (attend_whole, _attend_freely))
     return (_total(full) + _total(halved)) // 2
 
 
@@ -60,7 +60,7 @@ def executed_flops(layout: Layout, batch: Mapping[str, jax.ShapeDtypeStruct], re
         traced = jax.make_jaxpr(gradient)(trainable, frozen, dict(batch))
         return matmul_flops(traced.jaxpr, [False] * len(traced.jaxpr.invars))[0]
 
-    return (gradient_flops(attend_xla) + gradient_flops(_attend_freely)) // 2
+    return (gradient_flops(attend_whole) + gradient_flops(_attend_freely)) // 2
 
 
 def _attend_freely(
@@ -68,7 +68,7 @@ def _attend_freely(
 ) -> Float[Array, "b t n h"]:
     """Attention whose causal half costs nothing, and whose result depends on all that it should."""
     if not scope.causal:
-        return attend_xla(q, k, v, scope)
+        return attend_whole(q, k, v, scope)
     groups = q.shape[2] // k.shape[2]
     return q + jnp.repeat((k + v).mean(axis=1, keepdims=True), groups, axis=2).astype(q.dtype)
 

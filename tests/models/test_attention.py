@@ -1,11 +1,13 @@
 """Who sees whom: masks by hand, and attention that depends on nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.models.attention import Scope, attend_xla
+from llava_jax.models.attention import Attend, Scope, attend_whole, attend_xla
 from llava_jax.models.llama import rotary, rotate
 
 
@@ -99,6 +101,28 @@ def test_hidden_keys_may_hold_anything_finite():
     before = attend_xla(q, k, v, scope)
     after = attend_xla(q, k.at[:, 3:].mul(1e9), v.at[:, 3:].set(-1e30), scope)
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("length", [129, 300, 1500])
+def test_blocks_of_queries_are_the_whole(length: int, window: int | None):
+    """Three records and padding, in a row that is no multiple of a block; results and gradients."""
+    q, k, v = _random(0, 1, length, 4, 8), _random(1, 1, length, 2, 8), _random(2, 1, length, 2, 8)
+    ends = np.array([length // 3, length // 2, length - 7, length])
+    segments = jnp.array(np.repeat([1, 2, 3, 0], np.diff(ends, prepend=0)))[None]
+    positions = jnp.array(np.concatenate([np.arange(n) for n in np.diff(ends, prepend=0)]))[None]
+    scope = Scope(segments, segments, positions, positions, causal=True, window=window)
+    assert "concatenate" in str(jax.make_jaxpr(lambda q, k, v: attend_xla(q, k, v, scope))(q, k, v))
+
+    def total(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixed = attend(q, k, v, scope)
+        return (mixed * _random(3, *mixed.shape)).sum(), mixed
+
+    found, expected = (
+        jax.grad(functools.partial(total, attend), argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        for attend in (attend_xla, attend_whole)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def test_bfloat16_inputs_are_softmaxed_in_float32():
