@@ -24,7 +24,7 @@ def apart(
     """`make(*arguments)` in a new process with these variables; yields what runs one of its calls there, by name.
 
     Raises:
-      EOFError: the process ended; it has printed why.
+      EOFError, OSError: the process ended; it has printed why.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -46,10 +46,12 @@ def apart(
 
 def _serve(connection: Connection, make: Callable[..., Calls], arguments: tuple[Any, ...]) -> None:
     calls = make(*arguments)
-    # Until the other end is closed.
-    with contextlib.suppress(EOFError):
-        while True:
+    while True:
+        try:
             call = calls[connection.recv()]
-            begin = time.perf_counter()
-            value = call()
-            connection.send(Answer(value, time.perf_counter() - begin))
+        except EOFError:
+            # The other end is closed.
+            return
+        begin = time.perf_counter()
+        value = call()
+        connection.send(Answer(value, time.perf_counter() - begin))

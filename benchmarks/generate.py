@@ -98,6 +98,8 @@ def make_peer(chosen: Any) -> Any:
 
 def our_calls(chosen: Any) -> Calls:
     """Ours, with the peer's weights: ids of answers by batch and number of tokens; what it is, and bytes it reads."""
+    import torch
+
     from benchmarks import peer
     from llava_jax import generate
     from llava_jax.data.anyres import one_tile
@@ -108,6 +110,8 @@ def our_calls(chosen: Any) -> Calls:
 
     config = peer.SIZES[chosen.size]
     ours = peer.our_model(config, make_peer(chosen))
+    # What torch still holds of the peer; nothing on a CPU.
+    torch.cuda.empty_cache()
     processor = Processor(
         tokenizer=_Wordless(),  # pyright: ignore[reportArgumentType]
         template=None,

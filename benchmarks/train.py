@@ -53,6 +53,8 @@ Side = Callable[[str], Answer]
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # One that you have exported would reach the peer as well.
+    os.environ.pop("GLIBC_TUNABLES", None)
     from llava_jax.heap import HEAP
     from llava_jax.train.flops import CONVENTION
 

@@ -51,7 +51,7 @@ class Scope(NamedTuple):
     def is_causal_self(self) -> bool:
         """Whether a sequence attends to itself: told by positions that are one array, in the order of slots.
 
-        Records of a packed row follow each other, so no query sees a key of a later slot.
+        Records of a packed row follow each other, so no query of a record sees a key of a later slot.
         """
         return self.causal and self.query_positions is self.key_positions
 

@@ -106,16 +106,16 @@ def test_hidden_keys_may_hold_anything_finite():
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [129, 300, 1500])
 def test_blocks_of_queries_are_the_whole(length: int, window: int | None):
-    """Three records and padding, in a row that is no multiple of a block; results and gradients."""
+    """Three records and padding, in a row that is no multiple of a block; results of records, and gradients."""
     q, k, v = _random(0, 1, length, 4, 8), _random(1, 1, length, 2, 8), _random(2, 1, length, 2, 8)
     ends = np.array([length // 3, length // 2, length - 7, length])
     segments = jnp.array(np.repeat([1, 2, 3, 0], np.diff(ends, prepend=0)))[None]
-    positions = jnp.array(np.concatenate([np.arange(n) for n in np.diff(ends, prepend=0)]))[None]
+    positions = jnp.array(np.concatenate([np.arange(n) for n in np.diff(ends, prepend=0)]))[None] * (segments > 0)
     scope = Scope(segments, segments, positions, positions, causal=True, window=window)
     assert "concatenate" in str(jax.make_jaxpr(lambda q, k, v: attend_xla(q, k, v, scope))(q, k, v))
 
     def total(attend: Attend, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mixed = attend(q, k, v, scope)
+        mixed = attend(q, k, v, scope) * (segments > 0)[:, :, None, None]
         return (mixed * _random(3, *mixed.shape)).sum(), mixed
 
     found, expected = (
