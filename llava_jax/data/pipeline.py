@@ -17,7 +17,7 @@ from jaxtyping import Int
 from llava_jax.data.index import Index
 from llava_jax.data.plan import Plan
 from llava_jax.data.rows import Example, Needs, Row, RowFormat
-from llava_jax.data.workers import follow_the_parent_alone
+from llava_jax.data.workers import end_workers, follow_the_parent_alone
 from llava_jax.errors import DataError, Refused
 
 Batch = dict[str, np.ndarray]
@@ -103,8 +103,7 @@ def read_batches(reader: RowReader, *, num_workers: int) -> Generator[Batch, Non
     finally:
         # Asked to end, a worker first finishes its imports and the rows it has begun; Grain waits for one after the
         # other, 25 seconds each. What a scheduler grants is less, and nobody will read those rows.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
+        end_workers(set(multiprocessing.active_children()) - others)
         batches.close()
 
 

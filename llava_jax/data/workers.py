@@ -6,7 +6,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection, sharedctypes, synchronize
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -15,6 +19,11 @@ from tqdm import tqdm
 CHUNK = 256
 # Fewer records than these are asked about sooner than workers start.
 MIN_RECORDS = 4096
+
+# Ends a worker; no scheduler sends it.
+END = signal.SIGRTMIN + 1
+# Seconds that a worker has to obey.
+PATIENCE = 3.0
 
 T = TypeVar("T")
 _ask: Callable[[int], Any] | None = None
@@ -63,6 +72,7 @@ def follow_the_parent_alone() -> None:
     A run that is asked to stop still needs its next batches.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(END, _end_unless_locking)
     threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
 
 
@@ -71,3 +81,34 @@ def _end_with_the_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def end_workers(workers: Iterable[BaseProcess]) -> None:
+    """Ends processes that `follow_the_parent_alone`, whatever they are at, and leaves every lock shared with them free.
+
+    A process that is killed while it holds a lock keeps it: who asks for it next waits for ever.
+    """
+    late = time.monotonic() + PATIENCE
+    while alive := [worker for worker in workers if worker.is_alive()]:
+        for worker in alive:
+            if time.monotonic() > late:
+                # It is stuck in a call that is not Python's, where no lock is taken.
+                worker.kill()
+            elif worker.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, END)
+        connection.wait([worker.sentinel for worker in alive], timeout=0.02)
+
+
+def _end_unless_locking(signum: int, frame: FrameType | None) -> None:
+    """Python calls this between two instructions of the main thread; `end_workers` asks until it suits."""
+    del signum
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), _LOCKING):
+            return
+        frame = frame.f_back
+    os._exit(1)
+
+
+# What takes a lock that processes share: events and conditions, numbers, and the locks themselves.
+_LOCKING = (synchronize.Event, synchronize.Condition, synchronize.SemLock, sharedctypes.SynchronizedBase)
