@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from llava_jax.compiler import compiler_options
 from llava_jax.data.conversation import IMAGE_TOKEN
@@ -19,7 +18,7 @@ from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.inference.stopping import Keywords
 from llava_jax.models.llama import NOWHERE, Cache, empty_cache
 from llava_jax.models.llava import Llava
-from llava_jax.models.parameters import Parameters, bind
+from llava_jax.models.parameters import GraphDef, Parameters, bind
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
 CACHE_MULTIPLE = 64
@@ -151,9 +150,11 @@ def _decode(
             f"Prompt and answer must fit {model.config.text.max_positions} positions; the longest prompt has "
             f"{int(inputs.lengths.max())} tokens and max_new_tokens is {sampling.max_new_tokens}. Shorten either."
         )
-    keys = jax.vmap(jax.random.key)(jnp.array(list(seeds) or [0] * len(prompts), jnp.uint32))
     choose = _Choice(
-        jnp.float32(sampling.temperature or 1.0), jnp.float32(sampling.top_p), jnp.int32(sampling.top_k), keys
+        jnp.float32(sampling.temperature or 1.0),
+        jnp.float32(sampling.top_p),
+        jnp.int32(sampling.top_k),
+        jnp.array(list(seeds) or [0] * len(prompts), jnp.uint32),
     )
     stop_ids = (processor.tokenizer.eos_id,)
     static = {"graphdef": model.graphdef, "is_greedy": sampling.temperature == 0.0, "stop_ids": stop_ids}
@@ -225,12 +226,12 @@ def pad_prompts(prompts: Sequence[Prompt]) -> Inputs:
 
 
 class _Choice(NamedTuple):
-    """The traced side of `Sampling`."""
+    """The traced side of `Sampling`, and a seed per row."""
 
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     top_k: Int[Array, ""]
-    keys: Key[Array, " b"]
+    seeds: UInt32[Array, " b"]
 
 
 class _Programs(NamedTuple):
@@ -253,7 +254,7 @@ def _prefill(
     inputs: Inputs,
     choose: _Choice,
     *,
-    graphdef: nnx.GraphDef,
+    graphdef: GraphDef,
     cache_length: int,
     is_greedy: bool,
     stop_ids: tuple[int, ...],
@@ -279,7 +280,7 @@ def _advance(
     choose: _Choice,
     steps: Int[Array, ""],
     *,
-    graphdef: nnx.GraphDef,
+    graphdef: GraphDef,
     is_greedy: bool,
     stop_ids: tuple[int, ...],
 ) -> tuple[State, Int[Array, "b n"]]:
@@ -307,11 +308,11 @@ def _advance(
 
 
 def sample(logits: Float[Array, "b v"], choose: _Choice, count: Int[Array, ""], *, is_greedy: bool) -> Int[Array, " b"]:
-    """The next token of each row; row r's draw depends on its key and `count` alone."""
+    """The next token of each row; row r's draw depends on its seed and `count` alone."""
     if is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     kept = restrict(logits / choose.temperature, choose.top_k, choose.top_p)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(choose.keys, count)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), count))(choose.seeds)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from PIL import Image
 
 from llava_jax.convert.arrays import place_all
@@ -20,7 +19,7 @@ from llava_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llava_jax.errors import CheckpointError, Refused, UserError
 from llava_jax.inference.stopping import Keywords
 from llava_jax.models.build import structure
-from llava_jax.models.parameters import Parameters
+from llava_jax.models.parameters import GraphDef, Parameters
 from llava_jax.models.quantized import Scheme, is_quantized
 from llava_jax.shapes import LlavaConfig
 
@@ -30,7 +29,7 @@ class Model:
     """A LLaVA with its layers apart, as decoding wants them."""
 
     config: LlavaConfig
-    graphdef: nnx.GraphDef
+    graphdef: GraphDef
     params: Parameters
 
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from llava_jax.errors import UserError
 from llava_jax.inference.generate import Inputs, pad_prompts
 from llava_jax.inference.model import Model, Prompt
-from llava_jax.models.parameters import Parameters, bind
+from llava_jax.models.parameters import GraphDef, Parameters, bind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Score]:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
-def _logprobs(params: Parameters, inputs: Inputs, *, graphdef: nnx.GraphDef) -> Float[Array, "b t"]:
+def _logprobs(params: Parameters, inputs: Inputs, *, graphdef: GraphDef) -> Float[Array, "b t"]:
     """At each position, the log-probability of the token that follows."""
     model = bind(graphdef, params)
     b, t = inputs.tokens.shape

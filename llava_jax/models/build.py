@@ -11,7 +11,7 @@ from flax import nnx
 from llava_jax.models.clip import Clip
 from llava_jax.models.llava import Llava
 from llava_jax.models.lora import LoraConfig, adapt
-from llava_jax.models.parameters import Parameters, part, skeleton, stack_layers
+from llava_jax.models.parameters import GraphDef, Parameters, part, skeleton, stack_layers
 from llava_jax.models.quantized import Scheme, quantize_layers
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
@@ -30,7 +30,7 @@ def structure(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     quantize: Scheme | None = None,
     lora: LoraConfig | None = None,
-) -> tuple[nnx.GraphDef, Parameters]:
+) -> tuple[GraphDef, Parameters]:
     """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory.
 
     `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them.

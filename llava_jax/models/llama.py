@@ -16,10 +16,14 @@ from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConf
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; heads come first, so that a head's keys lie together when attention reads them."""
+    """Keys and values of one layer; every head of every row is a row of its own (n = b * k).
 
-    k: Float[Array, "b k s h"]
-    v: Float[Array, "b k s h"]
+    A head's keys lie together when attention reads them, and its products take the cache as it is. A second view of it,
+    with heads apart from rows, would be fused with the write, and XLA would copy the whole cache at every token.
+    """
+
+    k: Float[Array, "n s h"]
+    v: Float[Array, "n s h"]
 
 
 class Cache(NamedTuple):
@@ -35,7 +39,7 @@ class Cache(NamedTuple):
     def grow(self, length: int) -> "Cache":
         """The same with `length` slots in all."""
         more = length - self.positions.shape[1]
-        layers = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, 0), (0, more), (0, 0)]), self.layers)
+        layers = jax.tree.map(lambda kept: jnp.pad(kept, [(0, 0), (0, more), (0, 0)]), self.layers)
         positions = jnp.pad(self.positions, [(0, 0), (0, more)], constant_values=NOWHERE)
         return Cache(layers, positions, self.filled)
 
@@ -46,7 +50,7 @@ NOWHERE = 2**30
 
 def empty_cache(config: TextConfig, *, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
     """Room for `length` tokens of each row."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    shape = (batch * config.num_kv_heads, length, config.head_dim)
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
     return Cache(layers, jnp.full((batch, length), NOWHERE, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -127,14 +131,24 @@ class Attention(nnx.Module):
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            new = (x.swapaxes(1, 2).astype(kept.dtype) for x, kept in zip((k, v), cache, strict=True))
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+        if cache is None:
+            # The name lets a remat policy keep the result; kernels name what else their gradient needs.
+            mixed = checkpoint_name(attend(q, k, v, scope), ATTENTION)
+        else:
+            num_heads = k.shape[2]
+            q, k, v = (heads_as_rows(x, num_heads) for x in (q, k, v))
+            new = (x[:, :, 0].astype(kept.dtype) for x, kept in zip((k, v), cache, strict=True))
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = LayerCache(*map(write, cache, new))
-            k, v = (kept.swapaxes(1, 2) for kept in cache)
-        # The name lets a remat policy keep the result; kernels name what else their gradient needs.
-        mixed = checkpoint_name(attend(q, k, v, scope), ATTENTION)
+            mixed = attend(q, cache.k[:, :, None], cache.v[:, :, None], scope)
+            mixed = mixed.reshape(b, num_heads, t, -1).swapaxes(1, 2)
         return self.o_proj(mixed.reshape(b, t, -1)), cache
+
+
+def heads_as_rows(x: Float[Array, "b t n h"], num_kv_heads: int) -> Float[Array, "bk t g h"]:
+    """Each of the groups of heads that share a key as a row of its own."""
+    b, t, n, h = x.shape
+    return x.reshape(b, t, num_kv_heads, -1, h).swapaxes(1, 2).reshape(-1, t, n // num_kv_heads, h)
 
 
 class Mlp(nnx.Module):
@@ -224,7 +238,8 @@ class Llama(nnx.Module):
         assert isinstance(self.layers, nnx.List), "decoding needs a tuple of layers; see unstack_layers"
         slot = cache.filled
         key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-        angles, scope = self._angles(positions), self._scope(positions, key_positions, None)
+        as_rows = functools.partial(jnp.repeat, repeats=self.config.num_kv_heads, axis=0)
+        angles, scope = self._angles(positions), self._scope(as_rows(positions), as_rows(key_positions), None)
         extended = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x, layer_cache = layer(x, angles, scope, attend, layer_cache, slot)

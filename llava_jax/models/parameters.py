@@ -23,15 +23,33 @@ def parameters(model: nnx.Module) -> Parameters:
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.split(model)[1])}
 
 
-def skeleton(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Parameters]:
+class GraphDef:
+    """The structure of a model: nnx's, with its hash computed once.
+
+    `jax.jit` wants the hash of a static argument at every call; nnx walks through the whole model for it.
+    """
+
+    def __init__(self, nnx_graphdef: nnx.GraphDef):
+        self.nnx = nnx_graphdef
+        self._hash = hash(nnx_graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, GraphDef) and self.nnx == other.nnx)
+
+
+def skeleton(make: Callable[[], nnx.Module]) -> tuple[GraphDef, Parameters]:
     """The structure of a model and the abstract values of its parameters; allocates nothing."""
     model = nnx.eval_shape(make)
-    return nnx.split(model)[0], parameters(model)
+    return GraphDef(nnx.split(model)[0]), parameters(model)
 
 
-def bind(graphdef: nnx.GraphDef, values: Mapping[str, Any]) -> Any:
+def bind(graphdef: GraphDef, values: Mapping[str, Any]) -> Any:
     """The model whose structure is `graphdef` and whose parameters are `values` (all of them)."""
-    return nnx.merge(graphdef, nnx.from_flat_state([(_path(name), nnx.Param(v)) for name, v in values.items()]))
+    state = nnx.from_flat_state([(_path(name), nnx.Param(value)) for name, value in values.items()])
+    return nnx.merge(graphdef.nnx, state)
 
 
 def layer_runs(names: Iterable[str]) -> dict[str, list[str]]:

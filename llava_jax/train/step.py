@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
@@ -18,7 +17,7 @@ from llava_jax.compiler import compiler_options
 from llava_jax.models.attention import ATTENTION, Attend, attend_xla
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
-from llava_jax.models.parameters import Parameters, bind
+from llava_jax.models.parameters import GraphDef, Parameters, bind
 from llava_jax.models.quantized import is_quantized
 from llava_jax.train import cudnn, processes
 from llava_jax.train.config import TrainConfig
@@ -106,7 +105,7 @@ def _has_cudnn() -> bool:
 
 
 def make_step(
-    graphdef: nnx.GraphDef,
+    graphdef: GraphDef,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,

@@ -1,6 +1,8 @@
 """The decoder: causality, packing, shifts, and the cache that must change nothing."""
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llava_jax.compiler import compiler_options
 from llava_jax.models.build import initial_value, structure
-from llava_jax.models.llama import NOWHERE, Llama, empty_cache
-from llava_jax.models.parameters import Parameters, bind, skeleton, stack_layers
+from llava_jax.models.llama import NOWHERE, Cache, Llama, empty_cache
+from llava_jax.models.parameters import GraphDef, Parameters, bind, skeleton, stack_layers
 from llava_jax.shapes import TextConfig
 from llava_jax.sizes import DEBUG
 from llava_jax.train.step import cast
@@ -22,7 +25,7 @@ WINDOW = dataclasses.replace(TEXT, sliding_window=3)
 LENGTH = 9
 
 
-def _graphdef(config: TextConfig, *, stacked: bool = False) -> tuple[nnx.GraphDef, Parameters]:
+def _graphdef(config: TextConfig, *, stacked: bool = False) -> tuple[GraphDef, Parameters]:
     return skeleton(lambda: Llama(config, stacked=stacked, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
 
 
@@ -157,6 +160,24 @@ def test_a_cache_that_grows_keeps_what_it_holds(decoder: Any, x: jax.Array):
     _, tight = jax.jit(decoder.extend)(x[:, :4], POSITIONS[:, :4], tight)
     hidden, _ = jax.jit(decoder.extend)(x[:, 4:5], POSITIONS[:, 4:5], tight.grow(9))
     assert error(hidden[:, 0], jax.jit(decoder)(x, POSITIONS)[:, 4]) <= 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_of_decoding_copies_no_cache(decoder: Any, batch: int):
+    length = 37
+
+    def decode(x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        def step(_: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+            x, cache = carry
+            return decoder.extend(x, jnp.full((batch, 1), cache.filled), cache)
+
+        return jax.lax.fori_loop(0, length, step, (x, cache))
+
+    cache = empty_cache(TEXT, batch=batch, length=length, dtype=jnp.float32)
+    program = jax.jit(decode, donate_argnames="cache", compiler_options=compiler_options("cpu"))
+    text = program.lower(jnp.zeros((batch, 1, TEXT.embed_dim)), cache).compile().as_text()
+    shapes = re.findall(r"= f32\[([0-9,]+)\]\S* (?:copy|transpose|concatenate)\(", text)
+    assert cache.layers[0].k.size not in [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
 def test_a_tied_head_is_the_embedding_turned(params: Parameters):

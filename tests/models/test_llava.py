@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.rows import Conversations, Example, Needs
@@ -21,7 +20,7 @@ from llava_jax.data.templates import V1
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.llava import place_features
-from llava_jax.models.parameters import Parameters, bind, stack_layers
+from llava_jax.models.parameters import GraphDef, Parameters, bind, stack_layers
 from llava_jax.train.objectives import Context, next_token
 from tests.models.oracle import error
 from tests.tiny import LLAVA, make_example
@@ -97,7 +96,7 @@ def params() -> Parameters:
 
 
 @pytest.fixture(scope="module")
-def graphdef() -> nnx.GraphDef:
+def graphdef() -> GraphDef:
     return structure(SMALL)[0]
 
 
@@ -107,12 +106,12 @@ def small(needs: Needs) -> Needs:
 
 
 @pytest.fixture(scope="module")
-def hidden(graphdef: nnx.GraphDef) -> Any:
+def hidden(graphdef: GraphDef) -> Any:
     return jax.jit(lambda params, batch: bind(graphdef, params)(*(batch[name] for name in INPUTS)))
 
 
 @pytest.fixture(scope="module")
-def sums_and_gradients(graphdef: nnx.GraphDef) -> Any:
+def sums_and_gradients(graphdef: GraphDef) -> Any:
     def total(params, batch):
         sums = next_token(bind(graphdef, params), batch, CONTEXT)
         return sums.loss, sums
@@ -185,9 +184,7 @@ def test_an_unused_tile_reaches_nothing(hidden: Any, params: Parameters, small: 
     np.testing.assert_array_equal(hidden(params, batch), hidden(params, changed))
 
 
-def test_no_derivative_crosses_records_through_tokens_or_pictures(
-    graphdef: nnx.GraphDef, params: Parameters, small: Needs
-):
+def test_no_derivative_crosses_records_through_tokens_or_pictures(graphdef: GraphDef, params: Parameters, small: Needs):
     """d(outputs of one record) / d(token embeddings and patch features of the others) is exactly zero."""
     batch = _batch([[ONE, TEXT_ONLY, TWO]], small)
     d = SMALL.text.embed_dim
@@ -265,7 +262,7 @@ def test_the_identity_projector_places_the_towers_features_as_they_are(params: P
     np.testing.assert_array_equal(x[0, 1:5], model.tower.features(images[0], depth=1, select="patch")[0])
 
 
-def test_rows_without_tiles_are_text_alone(graphdef: nnx.GraphDef, params: Parameters):
+def test_rows_without_tiles_are_text_alone(graphdef: GraphDef, params: Parameters):
     tokens = jnp.array([[5, 6, 7]])
     x = bind(graphdef, params).embed(tokens, jnp.zeros((1, 0, 8, 8, 3), jnp.uint8), jnp.zeros((1, 0, 4), jnp.int32))
     np.testing.assert_array_equal(x, params["decoder.embed_tokens.embedding"][tokens])
@@ -295,7 +292,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.llava import place_features
-from llava_jax.models.parameters import bind
+from llava_jax.models.parameters import GraphDef, bind
 from llava_jax.train.config import MeshConfig
 from llava_jax.train.sharding import batch_sharding, make_mesh
 from tests.models.test_llava import SMALL as LLAVA
