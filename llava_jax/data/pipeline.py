@@ -127,7 +127,7 @@ def _for_workers() -> Iterator[None]:
     A worker imports Grain, which imports JAX. The parent's other threads still take the signal.
     """
     # Its start would unblock the signal in the thread that starts the first worker. It would also warn of the arrays
-    # that killed workers leave in shared memory, which it removes.
+    # that workers that are ended leave in shared memory, which it removes.
     with _variable("PYTHONWARNINGS", "ignore"):
         resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing import connection, sharedctypes, synchronize
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -20,10 +20,10 @@ CHUNK = 256
 # Fewer records than these are asked about sooner than workers start.
 MIN_RECORDS = 4096
 
-# Ends a worker; no scheduler sends it.
-END = signal.SIGRTMIN + 1
+# Ends a worker. Schedulers send SIGUSR1 and SIGUSR2 for purposes of their own; macOS has no others to spare.
+END = signal.SIGRTMIN + 1 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 # Seconds that a worker has to obey.
-PATIENCE = 3.0
+PATIENCE = 5.0
 
 T = TypeVar("T")
 _ask: Callable[[int], Any] | None = None
@@ -83,21 +83,25 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def end_workers(workers: Iterable[BaseProcess]) -> None:
-    """Ends processes that `follow_the_parent_alone`, whatever they are at, and leaves every lock shared with them free.
+def end_workers(workers: Collection[BaseProcess]) -> None:
+    """Ends processes that `follow_the_parent_alone`, whatever they are at, but not while they hold a lock.
 
-    A process that is killed while it holds a lock keeps it: who asks for it next waits for ever.
+    Who asks for a lock that a process took and died with waits for ever. What counts are events, conditions and numbers
+    that processes share; a worker whose place in the data is set from outside (Grain's `set_state`) would take more.
     """
+    # A sentinel says that its process has ended, even where the launcher ignores SIGCHLD and `is_alive` does not know.
+    alive = {worker.sentinel: worker for worker in workers}
     late = time.monotonic() + PATIENCE
-    while alive := [worker for worker in workers if worker.is_alive()]:
-        for worker in alive:
-            if time.monotonic() > late:
-                # It is stuck in a call that is not Python's, where no lock is taken.
-                worker.kill()
-            elif worker.pid is not None:
+    while alive and time.monotonic() < late:
+        for worker in alive.values():
+            if worker.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, END)
-        connection.wait([worker.sentinel for worker in alive], timeout=0.02)
+        ended = connection.wait(list(alive), timeout=0.02)
+        alive = {sentinel: worker for sentinel, worker in alive.items() if sentinel not in ended}
+    # These hang in calls outside Python.
+    for worker in alive.values():
+        worker.kill()
 
 
 def _end_unless_locking(signum: int, frame: FrameType | None) -> None:
@@ -110,5 +114,4 @@ def _end_unless_locking(signum: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
-# What takes a lock that processes share: events and conditions, numbers, and the locks themselves.
 _LOCKING = (synchronize.Event, synchronize.Condition, synchronize.SemLock, sharedctypes.SynchronizedBase)

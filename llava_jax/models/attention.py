@@ -131,6 +131,6 @@ def attend_whole(
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    # Heads before queries: in the other order XLA would transpose the values, in decoding all of the cache.
+    # Heads before queries: in the other order XLA transposes the values on CPUs, in decoding all of the cache.
     mixed = jnp.einsum("bkgts,bskh->bkgth", weights, v)
     return jnp.moveaxis(mixed, 3, 1).reshape(b, t, n, h)

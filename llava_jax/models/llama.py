@@ -16,14 +16,14 @@ from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConf
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; every head of every row is a row of its own (n = b * k).
+    """Keys and values of one layer; every head of every row is a row of its own.
 
-    A head's keys lie together when attention reads them, and its products take the cache as it is. A second view of it,
-    with heads apart from rows, would be fused with the write, and XLA would copy the whole cache at every token.
+    A head's keys lie together when attention reads them, and its products take the cache as it is. Where they need
+    another view of it, XLA's CPU backend fuses that with the write, and copies the whole cache at every token.
     """
 
-    k: Float[Array, "n s h"]
-    v: Float[Array, "n s h"]
+    k: Float[Array, "bk s h"]
+    v: Float[Array, "bk s h"]
 
 
 class Cache(NamedTuple):
@@ -135,13 +135,13 @@ class Attention(nnx.Module):
             # The name lets a remat policy keep the result; kernels name what else their gradient needs.
             mixed = checkpoint_name(attend(q, k, v, scope), ATTENTION)
         else:
-            num_heads = k.shape[2]
-            q, k, v = (heads_as_rows(x, num_heads) for x in (q, k, v))
+            num_kv_heads = k.shape[2]
+            q, k, v = (heads_as_rows(x, num_kv_heads) for x in (q, k, v))
             new = (x[:, :, 0].astype(kept.dtype) for x, kept in zip((k, v), cache, strict=True))
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = LayerCache(*map(write, cache, new))
             mixed = attend(q, cache.k[:, :, None], cache.v[:, :, None], scope)
-            mixed = mixed.reshape(b, num_heads, t, -1).swapaxes(1, 2)
+            mixed = mixed.reshape(b, num_kv_heads, t, -1).swapaxes(1, 2)
         return self.o_proj(mixed.reshape(b, t, -1)), cache
 
 

@@ -119,7 +119,7 @@ def test_blocks_of_queries_are_the_whole(length: int, window: int | None):
         return (mixed * _random(3, *mixed.shape)).sum(), mixed
 
     found, expected = (
-        jax.grad(functools.partial(total, attend), argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        jax.jit(jax.grad(functools.partial(total, attend), argnums=(0, 1, 2), has_aux=True))(q, k, v)
         for attend in (attend_xla, attend_whole)
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 from PIL import Image
 
 from llava_jax.convert.layouts import from_huggingface
@@ -25,7 +24,7 @@ from llava_jax.inference.model import Model, Processor
 from llava_jax.inference.score import score
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import structure
-from llava_jax.models.parameters import bind, part
+from llava_jax.models.parameters import GraphDef, bind, part
 from llava_jax.train.objectives import Context, next_token
 from tests.models import oracle
 from tests.tiny import LLAVA, TEXT
@@ -47,7 +46,7 @@ RECORDS = (((0, 3), (5, 2, 6)), ((1,), (1, 7)), ((2,), (2, 3)), ((4,), (0, 8)), 
 
 class Pair(NamedTuple):
     theirs: Any
-    graphdef: nnx.GraphDef
+    graphdef: GraphDef
     params: dict[str, jax.Array]
 
 

@@ -22,7 +22,7 @@ from llava_jax.inference.score import score
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import structure
 from llava_jax.models.llama import Llama
-from llava_jax.models.parameters import bind, parameters, skeleton
+from llava_jax.models.parameters import GraphDef, bind, parameters, skeleton
 from llava_jax.models.projector import Projector
 from llava_jax.shapes import LinearScaling, Llama3Scaling, TextConfig
 from llava_jax.train.cross_entropy import cross_entropy
@@ -171,7 +171,7 @@ def test_the_projector_is_the_originals(depth: int):
 
 class LlavaPair(NamedTuple):
     theirs: Any
-    graphdef: nnx.GraphDef
+    graphdef: GraphDef
     params: dict[str, jax.Array]
     batch: dict[str, np.ndarray]
     ids: torch.Tensor

@@ -94,7 +94,7 @@ def _assert_flips_are_found(run: Path, layout: Layout, good: dict, count: int, s
 
 
 def test_flipped_bits_are_found_and_the_step_before_is_taken(run: Path, layout: Layout, reference: Path, capfd):
-    _assert_flips_are_found(run, layout, arrays(reference, NEWEST), 40, 0, capfd)
+    _assert_flips_are_found(run, layout, arrays(reference, NEWEST), 20, 0, capfd)
 
 
 @pytest.mark.nightly

@@ -152,7 +152,7 @@ def test_lines_that_are_left_out_lose_nothing(tmp_path: Path, attempt):
 
 
 # What a rate makes of parameters may be finite, infinite at the first step, or no number at all.
-@pytest.mark.parametrize("rate", ["1e30", "1e300"])
+@pytest.mark.parametrize("rate", [pytest.param("1e30", marks=pytest.mark.nightly), "1e300"])
 def test_numbers_that_are_not_finite_exit_with_65_and_are_not_saved(tmp_path: Path, cache: Path, rate: str):
     settings = (*SHORT, "checkpoint_every=1", f"optim.learning_rate={rate}")
     result = finish(tmp_path / "run", *settings, f"optim.part_learning_rates.projector={rate}", cache=cache)
@@ -212,7 +212,8 @@ def test_a_damaged_checkpoint_without_an_older_one_exits_with_74(run: Path, dama
 
 
 @pytest.mark.parametrize(
-    "override", ["stacked=true", "accumulation=4", pytest.param("remat=everything", marks=pytest.mark.nightly)]
+    "override",
+    ["stacked=true", *(pytest.param(s, marks=pytest.mark.nightly) for s in ("accumulation=4", "remat=everything"))],
 )
 def test_another_way_to_the_same_numbers_gives_the_same_losses(
     tmp_path: Path, finished: Path, cache: Path, override: str
