@@ -51,4 +51,5 @@ def test_a_worker_that_has_only_begun_ends():
     worker = SPAWN.Process(target=_sleep, args=(SPAWN.Event(), SPAWN.Value("i", 0)), daemon=True)
     worker.start()
     end_workers([worker])
-    assert not worker.is_alive()
+    worker.join(1)
+    assert worker.exitcode is not None

@@ -137,6 +137,7 @@ def test_a_folder_of_another_kind_is_left_alone(tmp_path: Path, attempt):
     assert main(["train", "--config", str(ROOT / "configs" / "debug_cpu.py"), "--workdir", ""]) == 2
 
 
+@pytest.mark.nightly
 def test_lines_that_are_left_out_lose_nothing(tmp_path: Path, attempt):
     held = tmp_path / "held.json"
     hold_out(load_config(str(ROOT / "configs" / "debug_cpu.py")), held)
@@ -211,10 +212,8 @@ def test_a_damaged_checkpoint_without_an_older_one_exits_with_74(run: Path, dama
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["stacked=true", *(pytest.param(s, marks=pytest.mark.nightly) for s in ("accumulation=4", "remat=everything"))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("override", ["stacked=true", "accumulation=4", "remat=everything"])
 def test_another_way_to_the_same_numbers_gives_the_same_losses(
     tmp_path: Path, finished: Path, cache: Path, override: str
 ):

@@ -65,7 +65,9 @@ def _kill_and_finish(workdir: Path, cache: Path, config: str, seed: int, num_kil
     return hits
 
 
-@pytest.mark.parametrize(("stage", "num_kills"), [("stage1", 1), ("stage2", 3), ("lora", 1)])
+@pytest.mark.parametrize(
+    ("stage", "num_kills"), [("stage1", 1), ("stage2", 2), pytest.param("lora", 1, marks=pytest.mark.nightly)]
+)
 def test_killed_runs_end_as_if_nothing_had_happened(
     tmp_path: Path, references, cache: Path, stage: str, num_kills: int
 ):
