@@ -1,4 +1,4 @@
-"""Answers against transformers' `generate`: time to the first token, and tokens/s after it.
+"""Answers against transformers' `generate`: time to the first token, and tokens/s after it; ours in fewer bits, too.
 
 python -m benchmarks.generate                          # about 70M parameters, float32, this CPU
 python -m benchmarks.generate --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, one GPU
@@ -19,7 +19,8 @@ from benchmarks.report import arguments, in_turns, publish, quartiles, rate, rat
 # A system prompt, a picture's features and a short question, as LLaVA-1.5 has them: 46 tokens beside the picture.
 TEXT_TOKENS = 46
 BATCHES = {"cpu": (1, 8), "gpu": (1, 8, 64)}
-# How transformers generates, by the name of its row.
+# By the name of the row: how ours holds the decoder's linear layers, how transformers generates.
+OURS = {"ours": None, "ours, int8": "int8", "ours, nf4": "nf4"}
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {"transformers": {}},
     "gpu": {"transformers": {}, "transformers, compiled": {"cache_implementation": "static"}},
@@ -36,7 +37,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(apart(our_calls, chosen, environment={}))
-        asked = {"ours": ours}
+        asked = dict.fromkeys(OURS, ours)
         if peers:
             theirs = stack.enter_context(apart(peer_calls, chosen, environment={}))
             asked |= dict.fromkeys(peers, theirs)
@@ -56,13 +57,14 @@ def main() -> None:
                 return [a - b for a, b in zip(seconds[name, count], seconds[name, 1], strict=True)]
 
             for name in asked:
-                decode, is_ours = rate(batch * (count - 1), after_first(name)), name == "ours"
+                decode, is_ours = rate(batch * (count - 1), after_first(name)), name in OURS
+                read = bytes_read[name if is_ours else "ours", batch]
                 row = {"batch": batch, "of": name, "first token, ms": quartiles([1e3 * s for s in seconds[name, 1]])}
                 row["decode, tokens/s"] = decode
-                row["of read bandwidth"] = f"{decode['median'] / batch * bytes_read[batch] / bandwidth:.0%}"
+                row["of read bandwidth"] = f"{decode['median'] / batch * read / bandwidth:.0%}"
                 row["first token, peer/ours"] = "" if is_ours else ratio(seconds[name, 1], seconds["ours", 1])
                 row["decode, ours/peer"] = "" if is_ours else ratio(after_first(name), after_first("ours"))
-                row["same ids"] = "" if is_ours else _agreement(answers["ours"], answers[name])
+                row["same ids"] = "" if name == "ours" else _agreement(answers["ours"], answers[name])
                 rows.append(row)
     notes = {
         "what": f"{what}; {count} new tokens, greedy; {chosen.repeats} repeats in turns, each side in a process of its "
@@ -109,7 +111,8 @@ def our_calls(chosen: Any) -> Calls:
     from llava_jax.inference.model import Processor
 
     config = peer.SIZES[chosen.size]
-    ours = peer.our_model(config, make_peer(chosen))
+    whole = peer.our_model(config, make_peer(chosen))
+    models = {name: whole if scheme is None else quantized(whole, scheme) for name, scheme in OURS.items()}
     # What torch still holds of the peer; nothing on a CPU.
     torch.cuda.empty_cache()
     processor = Processor(
@@ -120,11 +123,12 @@ def our_calls(chosen: Any) -> Calls:
         num_features=config.num_features,
     )
 
-    def answer(prompts: Any, count: int) -> list[list[int]]:
-        return [answer.token_ids for answer in generate(ours, processor, prompts, Sampling(max_new_tokens=count))]
+    def answer(model: Any, prompts: Any, count: int) -> list[list[int]]:
+        return [answer.token_ids for answer in generate(model, processor, prompts, Sampling(max_new_tokens=count))]
 
     calls: dict[str, Any] = {}
-    for batch in BATCHES[chosen.device]:
+    batches = BATCHES[chosen.device]
+    for batch in batches:
         prompts = [
             make_example(
                 Tokenized(ids, np.zeros(len(ids), bool)),
@@ -135,13 +139,31 @@ def our_calls(chosen: Any) -> Calls:
             for ids, tile in zip(*draw(config, batch), strict=True)
         ]
         for count in (1, new_tokens(chosen)):
-            calls[f"ours, {batch} x {count}"] = functools.partial(answer, prompts, count)
-    dtype = next(iter(ours.params.values())).dtype
+            for name, model in models.items():
+                calls[f"{name}, {batch} x {count}"] = functools.partial(answer, model, prompts, count)
+    size, dtype = sum(v.size for v in whole.params.values()), next(iter(whole.params.values())).dtype
     length = TEXT_TOKENS + config.num_features
-    what = f"{sum(v.size for v in ours.params.values()):,} parameters, {dtype}; prompts of {length} tokens, one picture"
+    what = f"{size:,} parameters, {dtype}; prompts of {length} tokens, one picture"
     middle = length + new_tokens(chosen) // 2
-    read = {batch: decode_bytes(ours.params, config, batch, middle, dtype.itemsize) for batch in BATCHES[chosen.device]}
+    read = {(name, b): decode_bytes(model, b, middle) for name, model in models.items() for b in batches}
     return calls | {"facts": lambda: (what, read)}
+
+
+def quantized(model: Any, scheme: Any) -> Any:
+    """The model with the decoder's linear layers held as codes."""
+    import dataclasses
+
+    import jax
+
+    from llava_jax.convert.arrays import place_all
+    from llava_jax.models.build import structure
+
+    graphdef, targets = structure(model.config, quantize=scheme)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # What is not quantized is held as it was.
+    dtypes = {name: model.params.get(name, value).dtype for name, value in targets.items()}
+    held = {n: jax.ShapeDtypeStruct(v.shape, dtypes[n], sharding=here) for n, v in targets.items()}
+    return dataclasses.replace(model, graphdef=graphdef, params=place_all(model.params, held))
 
 
 def peer_calls(chosen: Any) -> Calls:
@@ -197,12 +219,12 @@ def read_bandwidth(device: str) -> float:
     return 4 * 2**26 / min(seconds)
 
 
-def decode_bytes(params: Any, config: Any, batch: int, length: int, itemsize: int) -> int:
+def decode_bytes(model: Any, batch: int, length: int) -> int:
     """What one step of decoding must read: the decoder's layers, the head, and the keys and values so far."""
-    read = ("decoder.layers.", "decoder.norm", "decoder.lm_head")
-    weights = sum(value.size for name, value in params.items() if name.startswith(read))
-    cache = 2 * batch * length * config.text.num_layers * config.text.num_kv_heads * config.text.head_dim
-    return itemsize * (weights + cache)
+    read, text = ("decoder.layers.", "decoder.norm", "decoder.lm_head"), model.config.text
+    weights = sum(value.nbytes for name, value in model.params.items() if name.startswith(read))
+    cache = 2 * batch * length * text.num_layers * text.num_kv_heads * text.head_dim
+    return weights + cache * model.params["decoder.lm_head.kernel"].dtype.itemsize
 
 
 def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:

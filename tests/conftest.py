@@ -4,8 +4,14 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Compiling is most of what these small tests do; what they hold does not depend on how well XLA optimizes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
+# Compiling is most of what these small tests do, and what they hold does not depend on how well XLA optimizes. With its
+# newer emitters of fused loops compiling takes several times as long.
+FLAGS = (
+    "xla_backend_optimization_level=0",
+    "xla_cpu_parallel_codegen_split_count=1",
+    "xla_cpu_use_fusion_emitters=false",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}" for flag in FLAGS))
 
 from pathlib import Path
 

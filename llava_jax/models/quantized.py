@@ -61,8 +61,7 @@ def dequantize(codes: Codes, absmax: Float[Array, "s f"], dtype: jax.typing.DTyp
     """The kernel that codes stand for, computed in float32 and rounded once."""
     if codes.dtype == jnp.int8:
         return (codes.astype(jnp.float32) * (absmax / 127)).astype(dtype)
-    apart = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(kernel_shape(codes))
-    return (_levels(apart) * jnp.repeat(absmax, BLOCK, axis=0)[: len(apart)]).astype(dtype)
+    return jnp.stack(_halves(codes, absmax, dtype), axis=1).reshape(kernel_shape(codes))
 
 
 def kernel_shape(codes: Any) -> tuple[int, int]:
@@ -82,7 +81,12 @@ def multiply(x: Float[Array, "b t d"], codes: Codes, absmax: Float[Array, "s f"]
     # Behind the barrier nothing depends on the weights alone, or XLA would dequantize them before a decoding loop, and
     # keep what a forward pass dequantized for the backward pass.
     x, codes, absmax = jax.lax.optimization_barrier((x, codes, absmax))
-    return x @ dequantize(codes, absmax, x.dtype)
+    if codes.dtype == jnp.int8:
+        return x @ dequantize(codes, absmax, x.dtype)
+    # Half by half: to bring the rows of a whole kernel into turn XLA would write it out first, in float32.
+    halves = zip((x[..., 0::2], x[..., 1::2]), _halves(codes, absmax, x.dtype), strict=True)
+    first, second = (jnp.matmul(part, kernel, preferred_element_type=jnp.float32) for part, kernel in halves)
+    return (first + second).astype(x.dtype)
 
 
 def _forward(x: Array, codes: Array, absmax: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -91,7 +95,10 @@ def _forward(x: Array, codes: Array, absmax: Array) -> tuple[Array, tuple[Array,
 
 def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
     gradient, codes, absmax = jax.lax.optimization_barrier((gradient, *saved))
-    return gradient @ dequantize(codes, absmax, gradient.dtype).T, None, None
+    if codes.dtype == jnp.int8:
+        return gradient @ dequantize(codes, absmax, gradient.dtype).T, None, None
+    halves = [gradient @ kernel.T for kernel in _halves(codes, absmax, gradient.dtype)]
+    return jnp.stack(halves, axis=-1).reshape(*gradient.shape[:-1], -1), None, None
 
 
 multiply.defvjp(_forward, _backward)
@@ -117,7 +124,15 @@ def quantize_layers(decoder: Llama, scheme: Scheme) -> None:
     replace_linear_layers(decoder, functools.partial(QuantizedLinear, scheme=scheme))
 
 
-def _levels(codes: UInt8[Array, "d f"]) -> Float[Array, "d f"]:
+def _halves(
+    codes: UInt8[Array, "c f"], absmax: Float[Array, "s f"], dtype: jax.typing.DTypeLike
+) -> tuple[Float[Array, "c f"], Float[Array, "c f"]]:
+    """Rows 0, 2, 4, ... and 1, 3, 5, ... of an nf4 kernel, computed in float32 and rounded once."""
+    scale = jnp.repeat(absmax, BLOCK // 2, axis=0)[: len(codes)]
+    return (_levels(codes >> 4) * scale).astype(dtype), (_levels(codes & 15) * scale).astype(dtype)
+
+
+def _levels(codes: UInt8[Array, "c f"]) -> Float[Array, "c f"]:
     """The level of each code: four rounds of selection, bit by bit, since a table would be gathered from."""
     chosen: list[Any] = list(NF4)
     for bit in range(4):

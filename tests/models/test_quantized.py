@@ -3,19 +3,31 @@
 import dataclasses
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from llava_jax.convert.arrays import place_all
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import LoraConfig, is_adapter
 from llava_jax.models.parameters import bind, stack_layers
-from llava_jax.models.quantized import ABSMAX, BLOCK, CODES, NF4, dequantize, is_quantized, kernel_shape, quantize
+from llava_jax.models.quantized import (
+    ABSMAX,
+    BLOCK,
+    CODES,
+    NF4,
+    dequantize,
+    is_quantized,
+    kernel_shape,
+    multiply,
+    quantize,
+)
 from tests.tiny import LLAVA as TINY
 
 LLAVA = dataclasses.replace(
@@ -151,8 +163,15 @@ def test_logits_stay_near_those_of_the_whole_model(scheme, most: float, mean: fl
     assert off.mean() < mean
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("scheme", "stacked"),
+    [
+        ("int8", False),
+        ("nf4", True),
+        pytest.param("int8", True, marks=pytest.mark.nightly),
+        pytest.param("nf4", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_gradients_of_adapters_are_those_on_the_dequantized_weights(scheme, stacked: bool):
     values = held(scheme)
     weights = np.random.default_rng(3).standard_normal((*TOKENS.shape, LLAVA.text.vocab_size)).astype(np.float32)
@@ -167,3 +186,18 @@ def test_gradients_of_adapters_are_those_on_the_dequantized_weights(scheme, stac
         scale = np.abs(expected[name]).max()
         assert scale > 0
         assert np.abs(gradient - expected[name]).max() < 1e-5 * scale, name
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_decoding_step_on_a_tpu_writes_no_kernel(scheme, monkeypatch: pytest.MonkeyPatch):
+    """Compiled for v5e at the width of a 7B decoder: memory beside codes, scales and results is no kernel's size."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    here, shape = jax.sharding.SingleDeviceSharding(device), (4096, 11008)
+    held = jax.eval_shape(functools.partial(quantize, scheme=scheme), jax.ShapeDtypeStruct(shape, jnp.float32))
+    operands = [jax.ShapeDtypeStruct((8, 1, shape[0]), jnp.bfloat16), *held]
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in operands]
+    compiled = jax.jit(multiply).lower(*placed).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * shape[0] * shape[1]

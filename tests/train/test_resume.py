@@ -65,16 +65,11 @@ def _kill_and_finish(workdir: Path, cache: Path, config: str, seed: int, num_kil
     return hits
 
 
-@pytest.mark.parametrize(
-    ("stage", "num_kills"), [("stage1", 1), ("stage2", 2), pytest.param("lora", 1, marks=pytest.mark.nightly)]
-)
-def test_killed_runs_end_as_if_nothing_had_happened(
-    tmp_path: Path, references, cache: Path, stage: str, num_kills: int
-):
-    hits = _kill_and_finish(tmp_path / "run", cache, STAGES[stage], seed=0, num_kills=num_kills)
-    # The last of several kills may come after the end of the run.
-    assert hits >= max(1, num_kills - 1)
-    _assert_same_run(tmp_path / "run", references(stage))
+def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path: Path, references, cache: Path):
+    hits = _kill_and_finish(tmp_path / "run", cache, STAGES["stage2"], seed=0, num_kills=2)
+    # The last kill may come after the end of the run.
+    assert hits >= 1
+    _assert_same_run(tmp_path / "run", references("stage2"))
 
 
 @pytest.mark.nightly
