@@ -11,7 +11,7 @@ quickstart: $(VENV)/quickstart.installed
 test: $(VENV)/test.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The launchers' tests look on PATH for what launchers drive.
 nightly: $(VENV)/launch.installed

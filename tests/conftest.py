@@ -41,3 +41,8 @@ def needs(data: Path) -> Needs:
         image_size=LLAVA.vision.image_size,
         num_features=LLAVA.num_features,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of training first: they take longest, and a last one would run while the other workers have nothing."""
+    items.sort(key=lambda item: "train" not in item.path.parts)
