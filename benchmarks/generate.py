@@ -68,7 +68,7 @@ def main() -> None:
                 rows.append(row)
     notes = {
         "what": f"{what}; {count} new tokens, greedy; {chosen.repeats} repeats in turns, each side in a process of its "
-        "own",
+        "own; ratios and ids are those against the row `ours`",
         "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
     }
     publish("generate", chosen, rows, notes)
@@ -99,7 +99,7 @@ def make_peer(chosen: Any) -> Any:
 
 
 def our_calls(chosen: Any) -> Calls:
-    """Ours, with the peer's weights: ids of answers by batch and number of tokens; what it is, and bytes it reads."""
+    """Ours, with the peer's weights: ids of answers by row, batch and number of tokens; what it is, bytes it reads."""
     import torch
 
     from benchmarks import peer
@@ -112,9 +112,9 @@ def our_calls(chosen: Any) -> Calls:
 
     config = peer.SIZES[chosen.size]
     whole = peer.our_model(config, make_peer(chosen))
-    models = {name: whole if scheme is None else quantized(whole, scheme) for name, scheme in OURS.items()}
     # What torch still holds of the peer; nothing on a CPU.
     torch.cuda.empty_cache()
+    models = {name: whole if scheme is None else quantized(whole, scheme) for name, scheme in OURS.items()}
     processor = Processor(
         tokenizer=_Wordless(),  # pyright: ignore[reportArgumentType]
         template=None,

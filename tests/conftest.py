@@ -44,5 +44,5 @@ def needs(data: Path) -> Needs:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of training first: they take longest, and a last one would run while the other workers have nothing."""
-    items.sort(key=lambda item: "train" not in item.path.parts)
+    """Those in tests/train first: they take longest, and a last one would run while the other workers have nothing."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/train/"))

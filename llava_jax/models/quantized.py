@@ -14,6 +14,8 @@ Scheme = Literal["int8", "nf4"]
 CODES, ABSMAX = ".codes", ".absmax"
 # Inputs of one output that share a scale in nf4.
 BLOCK = 64
+# Of these, as in decoding, a product's result is smaller than its kernel by far, even twice and in float32.
+FEW_TOKENS = 64
 # Quantiles of the normal distribution, scaled to [-1, 1], zero among them (Dettmers et al., arXiv 2305.14314, E).
 NF4 = (
     -1.0,
@@ -81,9 +83,9 @@ def multiply(x: Float[Array, "b t d"], codes: Codes, absmax: Float[Array, "s f"]
     # Behind the barrier nothing depends on the weights alone, or XLA would dequantize them before a decoding loop, and
     # keep what a forward pass dequantized for the backward pass.
     x, codes, absmax = jax.lax.optimization_barrier((x, codes, absmax))
-    if codes.dtype == jnp.int8:
+    if codes.dtype == jnp.int8 or x.size > FEW_TOKENS * x.shape[-1]:
         return x @ dequantize(codes, absmax, x.dtype)
-    # Half by half: to bring the rows of a whole kernel into turn XLA would write it out first, in float32.
+    # Half by half: to put the rows of a whole kernel in turn, XLA's TPU compiler would write it out first, in float32.
     halves = zip((x[..., 0::2], x[..., 1::2]), _halves(codes, absmax, x.dtype), strict=True)
     first, second = (jnp.matmul(part, kernel, preferred_element_type=jnp.float32) for part, kernel in halves)
     return (first + second).astype(x.dtype)
@@ -95,10 +97,7 @@ def _forward(x: Array, codes: Array, absmax: Array) -> tuple[Array, tuple[Array,
 
 def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
     gradient, codes, absmax = jax.lax.optimization_barrier((gradient, *saved))
-    if codes.dtype == jnp.int8:
-        return gradient @ dequantize(codes, absmax, gradient.dtype).T, None, None
-    halves = [gradient @ kernel.T for kernel in _halves(codes, absmax, gradient.dtype)]
-    return jnp.stack(halves, axis=-1).reshape(*gradient.shape[:-1], -1), None, None
+    return gradient @ dequantize(codes, absmax, gradient.dtype).T, None, None
 
 
 multiply.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ from llava_jax.models.quantized import (
     ABSMAX,
     BLOCK,
     CODES,
+    FEW_TOKENS,
     NF4,
     dequantize,
     is_quantized,
@@ -39,6 +40,7 @@ LLAVA = dataclasses.replace(
 LORA = LoraConfig(rank=4, alpha=8.0)
 TOKENS = np.random.default_rng(0).integers(0, LLAVA.text.vocab_size, (2, 11))
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantized.json"
+TPU_SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 HERE = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
@@ -188,12 +190,31 @@ def test_gradients_of_adapters_are_those_on_the_dequantized_weights(scheme, stac
         assert np.abs(gradient - expected[name]).max() < 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("tokens", [3, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_product_in_bfloat16_sums_in_float32_and_rounds_once(scheme, tokens: int):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, tokens, 112)), jnp.bfloat16)
+    codes, absmax = quantize(jnp.asarray(rng.standard_normal((112, 24)), jnp.float32), scheme)
+    product, back = jax.vjp(lambda x: multiply(x, codes, absmax), x)
+    kernel = np.asarray(dequantize(codes, absmax, jnp.bfloat16), np.float64)
+    assert product.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(product, np.float64), np.asarray(x, np.float64) @ kernel, rtol=2**-8, atol=1e-4
+    )
+    (gradient,) = back(product)
+    assert gradient.dtype == jnp.bfloat16
+    expected = np.asarray(product, np.float64) @ kernel.T
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=2**-8, atol=1e-3)
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_a_decoding_step_on_a_tpu_writes_no_kernel(scheme, monkeypatch: pytest.MonkeyPatch):
+def test_a_product_of_decoding_on_a_tpu_writes_no_kernel(scheme, monkeypatch: pytest.MonkeyPatch):
     """Compiled for v5e at the width of a 7B decoder: memory beside codes, scales and results is no kernel's size."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in TPU_SETTINGS.items():
+        monkeypatch.setenv(name, value)
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     here, shape = jax.sharding.SingleDeviceSharding(device), (4096, 11008)
     held = jax.eval_shape(functools.partial(quantize, scheme=scheme), jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -65,11 +65,11 @@ def _kill_and_finish(workdir: Path, cache: Path, config: str, seed: int, num_kil
     return hits
 
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path: Path, references, cache: Path):
+def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path: Path, reference: Path, cache: Path):
     hits = _kill_and_finish(tmp_path / "run", cache, STAGES["stage2"], seed=0, num_kills=2)
     # The last kill may come after the end of the run.
     assert hits >= 1
-    _assert_same_run(tmp_path / "run", references("stage2"))
+    _assert_same_run(tmp_path / "run", reference)
 
 
 @pytest.mark.nightly
