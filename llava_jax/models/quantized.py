@@ -14,7 +14,7 @@ Scheme = Literal["int8", "nf4"]
 CODES, ABSMAX = ".codes", ".absmax"
 # Inputs of one output that share a scale in nf4.
 BLOCK = 64
-# Of these, as in decoding, a product's result is smaller than its kernel by far, even twice and in float32.
+# Of so few, as in decoding, a product's result is far smaller than its kernel, even held twice and in float32.
 FEW_TOKENS = 64
 # Quantiles of the normal distribution, scaled to [-1, 1], zero among them (Dettmers et al., arXiv 2305.14314, E).
 NF4 = (
