@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Compiling is most of what these small tests do, and what they hold does not depend on how well XLA optimizes.
 FLAGS = ["xla_backend_optimization_level=0", "xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):
-    # The newer of its two emitters of fused loops takes several times as long. JAX 0.12 does not know the flag, and ends.
+    # The newer of two emitters of fused loops takes several times as long. JAX 0.12 does not know the flag, and ends.
     FLAGS.append("xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}" for flag in FLAGS))
 
