@@ -41,8 +41,6 @@ JOBS = {
 }
 # Devices of the original's run, among which a megabatch is split evenly.
 DEVICES = 8
-# Of a row, at most.
-MOST_RECORDS = 64
 # A dense run is one step, a mixed one several.
 DENSE_REPEATS = 4
 
@@ -323,7 +321,6 @@ class Ours:
         from llava_jax.train.optim import make_optimizer
         from llava_jax.train.sharding import make_mesh
         from llava_jax.train.state import Layout
-        from llava_jax.train.step import jit_step
 
         job, is_gpu = JOBS[chosen.size], chosen.device == "gpu"
         self.format = Conversations(template=V1, length=job.length, tiles=job.tiles)
@@ -339,9 +336,9 @@ class Ours:
             remat="linear" if chosen.size == "7b" else "nothing",
             checkpoint_every=1,
         )
-        optimizer = make_optimizer(self.config.optim, 1000)
+        self.optimizer = make_optimizer(self.config.optim, 1000)
         self.mesh = make_mesh(self.config.mesh)
-        self.layout = Layout(self.config, optimizer, self.mesh)
+        self.layout = Layout(self.config, self.optimizer, self.mesh)
         trainable, frozen, _ = self.layout.memory
         self.size = sum(value.size for value in (trainable | frozen).values())
 
@@ -358,8 +355,7 @@ class Ours:
 
         self.trainable = {name: draw(name, target) for name, target in trainable.items()}
         self.frozen = {name: draw(name, target) for name, target in frozen.items()}
-        self.opt_state = jax.jit(optimizer.init)(self.trainable)
-        self.compiled = jit_step(self.layout, optimizer, most_records=MOST_RECORDS)
+        self.opt_state = jax.jit(self.optimizer.init)(self.trainable)
         self.needs = Needs(None, "", config.vision.image_size, config.num_features)  # pyright: ignore[reportArgumentType]
 
     def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
@@ -367,18 +363,18 @@ class Ours:
         import dataclasses
 
         format = dataclasses.replace(self.format, length=length, tiles=tiles)
-        assert max(map(len, rows)) <= MOST_RECORDS, "the step was made for rows of fewer records"
         made = [format.assemble([examples[i] for i in row], self.needs) for row in rows]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         num_rows = len(rows)
         return batch | {"checksum": np.zeros(num_rows, np.uint32), "num_replaced": np.zeros(num_rows, np.int32)}
 
     def pack(self, examples: Sequence[Any], job: Job, most_steps: int) -> tuple[list[dict[str, Any]], int]:
-        """Batches of packed rows, as the plan of a run packs them, and the number of rows.
+        """Batches of packed rows, as the plan of a run packs them, and the number of rows; makes the step for them.
 
         A batch has as many rows as it takes to make no more updates than the peer: both learn from as much at a time.
         """
         from llava_jax.data.plan import pack
+        from llava_jax.train.step import jit_step
 
         sizes: Any = types.SimpleNamespace(
             tokens=np.array([len(example.tokens) for example in examples]),
@@ -386,6 +382,7 @@ class Ours:
         )
         order = np.random.default_rng(3).permutation(len(examples))
         packed = pack(order, sizes, self.format.capacity)
+        self.compiled = jit_step(self.layout, self.optimizer, most_records=max(map(len, packed)))
         rows = -(-len(packed) // most_steps)
         packed += [[]] * (-len(packed) % rows)
         steps = [packed[i : i + rows] for i in range(0, len(packed), rows)]

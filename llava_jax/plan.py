@@ -5,17 +5,15 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from llava_jax.chips import GIB, GPUS, TPUS, Chip
+from llava_jax import targets
+from llava_jax.chips import GIB, GPUS, TPUS, Chip, Gpu
 from llava_jax.collectives import Collective, read_collectives
 from llava_jax.data.plan import check_batch
 from llava_jax.data.rows import Needs
@@ -31,6 +29,10 @@ from llava_jax.train.step import REMAT, abstract_tallies, jit_step
 
 # Neither the memory nor the time of a step depends on how many of them there are.
 NUM_STEPS = 1000
+# Of a row, at most: LLaVA's mix packed in rows of 2,048 slots has no more (docs/performance.md).
+MOST_RECORDS = 4
+# What `XLA_PYTHON_CLIENT_MEM_FRACTION` may say at most: CUDA and NCCL need the rest.
+GPU_SHARE = 0.95
 # Compilations that the search for something that fits may take.
 MAX_TRIES = 4
 
@@ -69,36 +71,31 @@ class Plan:
 
 
 def plan(config: TrainConfig, topology: str) -> Plan:
-    """Compiles the train step for a TPU topology such as `v5e:16x16`, or tabulates it for GPUs such as `h100:8`.
+    """Compiles the train step for a TPU topology such as `v5e:16x16`, or for GPUs such as `h100:8`.
+
+    Without a compiler for GPUs it is tabulated for them, and says why.
 
     Raises:
       UserError: an unknown topology, a mesh or batch that does not divide, or libtpu is not installed.
     """
     topology = topology.lower()
     kind, _, size = topology.partition(":")
-    if kind in GPUS and re.fullmatch(r"[1-9]\d*", size):
-        return _tabulate(config, topology, GPUS[kind])
-    if kind in TPUS and re.fullmatch(r"\d+(x\d+)+", size):
-        job = _job(config, _devices(topology))
-        result = _compile(job, topology, TPUS[kind])
-        return result if result.fits else dataclasses.replace(result, suggestion=_suggest(job, result, TPUS[kind]))
+    is_gpu = kind in GPUS and re.fullmatch(r"[1-9]\d*", size)
+    if is_gpu or (kind in TPUS and re.fullmatch(r"\d+(x\d+)+", size)):
+        chip, devices = (TPUS | GPUS)[kind], _devices(topology)
+        job = _job(config, devices)
+        result = (_tabulate if isinstance(devices, int) else _compile)(job, topology, chip)
+        return result if result.fits else dataclasses.replace(result, suggestion=_suggest(job, result, chip))
     known = ", ".join([f"{name}:4x4" for name in TPUS] + [f"{name}:8" for name in GPUS])
     raise UserError(f"--topology must be like one of {known} (any size); got {topology!r}.")
 
 
 def _devices(topology: str) -> list[Any] | int:
-    """Devices that the TPU compiler knows, a v4 chip one, or the number of those that are only counted."""
+    """Devices that a compiler on this machine knows, or the number of those that are only counted."""
     kind, _, size = topology.partition(":")
-    if kind in GPUS:
-        return int(size)
-    if find_spec("libtpu") is None:
-        raise UserError("The TPU compiler, libtpu, is not installed. Run pip install -e '.[plan]'.")
-    try:
-        chip = {"chip_config_name": "megacore"} if kind == "v4" else {}
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
-    except Exception as error:  # The library raises what its parts raise.
-        text = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(f"The TPU compiler does not give --topology {topology!r}: {text}") from None
+    if kind in TPUS:
+        return targets.tpus(topology)
+    return int(size) if targets.no_gpu_compiler(kind) else targets.gpus(kind, int(size))
 
 
 def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
@@ -106,7 +103,7 @@ def _job(config: TrainConfig, devices: list[Any] | int) -> Job:
     try:
         if isinstance(devices, int):
             sizes = mesh_sizes(config.mesh, devices)
-            mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+            mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         else:
             mesh = make_mesh(config.mesh, devices)
         layout = Layout(config, make_optimizer(config.optim, NUM_STEPS), mesh)
@@ -145,21 +142,21 @@ def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
 
 
 def _compile(job: Job, topology: str, chip: Chip) -> Plan:
-    """The plan as the TPU compiler finds it."""
-    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=1)
+    """The plan as the devices' compiler finds it."""
+    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=MOST_RECORDS)
     assert isinstance(job.layout.mesh, Mesh), "a step is compiled for devices"
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     arguments = shard_bytes((job.layout.memory, job.batch))
     try:
-        compiled = step.lower(*job.layout.memory, job.batch | tallies, votes).compile()
+        compiled = targets.compile_absent(step, *job.layout.memory, job.batch | tallies, votes)
     except jax.errors.JaxRuntimeError as error:
         size = too_large(str(error), arguments)
         if size is None:
             raise
         return _report(job, topology, chip, fits=False, size=size, collectives=[])
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None, "the TPU compiler says what it allocates"
-    assert text is not None, "the TPU compiler gives its text"
+    assert memory is not None, "a compiler says what it allocates"
+    assert text is not None, "a compiler gives its text"
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -172,10 +169,11 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
         # A save takes the layers of what is trained apart (`saved_trees`), while no step runs.
         parts["saving"] = shard_bytes((job.layout.disk[0], job.layout.disk[2]))
         total = max(total, arguments + parts["saving"])
-    size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
+    # The compiler has let pass what, all parts added, is half a GiB more than a chip has; one for GPUs refuses nothing.
+    headroom = (round(GPU_SHARE * chip.hbm_bytes) if isinstance(chip, Gpu) else chip.hbm_bytes) - total
+    size = parts | {"total": total, "headroom": headroom}
     collectives = read_collectives(text, dict(job.layout.mesh.shape))
-    # The compiler has let pass what, all parts added, is half a GiB more than a chip has.
-    return _report(job, topology, chip, fits=total <= chip.hbm_bytes, size=size, collectives=collectives)
+    return _report(job, topology, chip, fits=headroom >= 0, size=size, collectives=collectives)
 
 
 def too_large(message: str, arguments: int) -> dict[str, int] | None:
@@ -215,7 +213,7 @@ def _report(
         topology=topology,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
-        method=f"compiled by libtpu {_libtpu_version()}, jax {jax.__version__}",
+        method=_method(mesh),
         fits=fits,
         bytes_per_chip=size,
         hbm_bytes=chip.hbm_bytes,
@@ -230,9 +228,14 @@ def _report(
     )
 
 
-def _tabulate(config: TrainConfig, topology: str, chip: Chip) -> Plan:
+def _method(mesh: Mesh | AbstractMesh) -> str:
+    if isinstance(mesh, AbstractMesh):
+        return "analytic"
+    return f"compiled by {targets.compiler_version(mesh.devices.flat[0].platform)}, jax {jax.__version__}"
+
+
+def _tabulate(job: Job, topology: str, chip: Chip) -> Plan:
     """The plan by arithmetic, for devices without a compiler here."""
-    job = _job(config, _devices(topology))
     parts, collectives = estimate(job.layout, job.batch)
     total = sum(parts.values())
     size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
@@ -240,10 +243,10 @@ def _tabulate(config: TrainConfig, topology: str, chip: Chip) -> Plan:
     assumptions = [
         "analytic: no compiler was asked; state is exact, temporaries are sums of the largest arrays, and what the "
         "compiler fuses or copies may change them by a fifth or more",
+        f"no compiler: {targets.no_gpu_compiler(topology.partition(':')[0])}",
         *report.assumptions,
     ]
-    suggestion = None if report.fits else _suggest(job, report, chip)
-    return dataclasses.replace(report, method="analytic", assumptions=assumptions, suggestion=suggestion)
+    return dataclasses.replace(report, assumptions=assumptions)
 
 
 def _batch_summary(job: Job) -> dict[str, int]:
@@ -271,6 +274,11 @@ def _assumptions(job: Job, *, fits: bool) -> list[str]:
         "compute: the FLOPs above and what the backward pass computes again; memory: arguments and results once; "
         "links: what a device receives, through all of its links at once",
     ]
+    if isinstance(job.layout.mesh, Mesh) and job.layout.mesh.devices.flat[0].platform == "gpu":
+        said.append(
+            f"gpu: rows of {MOST_RECORDS} records at most; kernels were not timed, and a run's own choice may need "
+            f"more workspace; headroom is that of XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}, JAX alone takes 0.75"
+        )
     if not fits:
         said.append("it does not fit: where the compiler refused it, collectives are unknown and their time is zero")
     return said
@@ -362,14 +370,6 @@ def _with(config: TrainConfig, overrides: tuple[str, ...]) -> TrainConfig:
     for override in overrides:
         config = apply_override(config, override)
     return config
-
-
-def _libtpu_version() -> str:
-    try:
-        return metadata.version("libtpu")
-    except metadata.PackageNotFoundError:
-        # On a TPU machine it may lie in the system and not among the packages.
-        return "unknown"
 
 
 def as_text(result: Plan) -> str:

@@ -33,6 +33,7 @@ LEVELS = {
     "train": 3,
     "inference": 3,
     "footprint": 4,
+    "targets": 4,
     "quickstart": 4,
     "plan": 5,
     "cli": 6,

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from llava_jax.chips import TPUS
+from llava_jax import targets
+from llava_jax.chips import GPUS, TPUS
 from llava_jax.errors import UserError
 from llava_jax.plan import _devices, as_text, plan, too_large
 from llava_jax.train.config import MeshConfig, TrainConfig, apply_override, load_config
@@ -25,6 +26,20 @@ def _config(name: str, *overrides: str) -> TrainConfig:
     for override in overrides:
         config = apply_override(config, override)
     return config
+
+
+@pytest.fixture
+def gpu_compiler() -> None:
+    reason = targets.no_gpu_compiler("h200")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for GPUs are arithmetic here, wherever the tests run."""
+    if "gpu_compiler" not in request.fixturenames:
+        monkeypatch.setattr(targets, "no_gpu_compiler", lambda kind: "not in this test")
 
 
 SHALLOW = ("model.text.num_layers=2", "model.vision.num_layers=2")
@@ -66,6 +81,7 @@ def test_a_gpu_plan_is_labelled_analytic_and_its_parts_add_up(shallow: TrainConf
     parts = result.bytes_per_chip
     assert result.method == "analytic"
     assert result.assumptions[0].startswith("analytic")
+    assert result.assumptions[1] == "no compiler: not in this test"
     assert parts["total"] == sum(v for name, v in parts.items() if name not in ("total", "headroom"))
     assert parts["total"] + parts["headroom"] == result.hbm_bytes
     bound = result.step_seconds_lower_bound
@@ -168,6 +184,42 @@ def test_a_tpu_plan_compiles_the_step():
     assert size["aliased"] > 0, "the state is not donated"
     assert {tuple(c["axes"]) for c in found["collectives"]} == {("fsdp",)}
     assert 0 < found["mfu_ceiling"] < 1
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.parametrize(
+    ("topology", "axes"), [("h200:1", set()), ("h100:16", {("fsdp",)}), ("a100-80gb:2", {("fsdp",)})]
+)
+def test_a_gpu_plan_compiles_the_step(shallow: TrainConfig, topology: str, axes: set[tuple[str, ...]]):
+    for override in ("accumulation=8", "stacked=false", "data.batch_records=128"):
+        shallow = apply_override(shallow, override)
+    result = plan(shallow, topology)
+    assert result.method.startswith("compiled by jax-cuda13-pjrt")
+    size, count = result.bytes_per_chip, int(topology.partition(":")[2])
+    assert size["total"] == size["arguments"] + size["outputs"] - size["aliased"] + size["temporaries"]
+    assert result.fits is (size["headroom"] >= 0)
+    assert size["aliased"] > 0, "the state is not donated"
+    assert {tuple(c["axes"]) for c in result.collectives} == axes
+    assert result.num_devices == count
+    # The arithmetic's state is exact: the compiler's is the same, and what lies beside it.
+    assert size["arguments"] == pytest.approx(_state(shallow, count), rel=1e-3)
+
+
+def _state(config: TrainConfig, count: int) -> int:
+    """Bytes of what a step is given, by arithmetic."""
+    from llava_jax.footprint import estimate
+    from llava_jax.plan import _job
+
+    job = _job(config, count)
+    return estimate(job.layout, job.batch)[0]["arguments"]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.parametrize("name", GPUS)
+def test_every_kind_of_gpu_is_compiled_for(name: str):
+    assert targets.no_gpu_compiler(name) is None
 
 
 @pytest.mark.nightly

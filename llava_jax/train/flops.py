@@ -114,6 +114,11 @@ def _aval(atom: Any) -> Any:
     return atom.aval
 
 
+def _open(jaxpr: Any) -> Jaxpr:
+    """Without the constants that older versions of JAX close it over."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
 def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[bool]]:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -124,12 +129,11 @@ def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[
     if name == "scan":
         return _scan_flops(parameters, reached)
     if name == "cond":
-        branches = [matmul_flops(branch.jaxpr, reached[1:]) for branch in parameters["branches"]]
+        branches = [matmul_flops(_open(branch), reached[1:]) for branch in parameters["branches"]]
         return max(flops for flops, _ in branches), [any(r) for r in zip(*(r for _, r in branches), strict=True)]
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in parameters:
-            inner = parameters[key]
-            return matmul_flops(getattr(inner, "jaxpr", inner), reached)
+            return matmul_flops(_open(parameters[key]), reached)
     if name == "optimization_barrier":
         # It hands on each of its inputs by itself.
         return 0, reached
@@ -139,10 +143,13 @@ def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[
 
 def _scan_flops(parameters: Mapping[str, Any], reached: list[bool]) -> tuple[int, list[bool]]:
     """The body's, times the turns; what reaches a carry in one turn reaches it in all."""
-    constants, carries = parameters["num_consts"], parameters["num_carry"]
+    if "ft_in" in parameters:  # From JAX 0.12 on.
+        constants, carries, _ = map(len, parameters["ft_in"].unpack())
+    else:
+        constants, carries = parameters["num_consts"], parameters["num_carry"]
     reached = list(reached)
     while True:
-        flops, results = matmul_flops(parameters["jaxpr"].jaxpr, reached)
+        flops, results = matmul_flops(_open(parameters["jaxpr"]), reached)
         carried = [a or b for a, b in zip(reached[constants : constants + carries], results, strict=False)]
         if carried == reached[constants : constants + carries]:
             return flops * parameters["length"], carried + results[carries:]

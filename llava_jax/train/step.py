@@ -87,12 +87,14 @@ def make_context(config: TrainConfig, mesh: Mesh, *, most_records: int) -> Conte
 
 def make_attend(mesh: Mesh, *, most_records: int) -> Attend:
     """The attention of a mesh's devices: splash on TPUs, cuDNN's on GPUs that can, plain XLA elsewhere."""
-    platform = mesh.devices.flat[0].platform
-    if platform == "tpu":
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
         return make_splash(mesh)
-    if platform != "gpu":
+    if device.platform != "gpu":
         return attend_xla
-    return cudnn.make_cudnn(mesh, most_records) if _has_cudnn() else attend_xla
+    # What is compiled for GPUs that are not here cannot be tried.
+    can = _has_cudnn() if device in jax.devices() else cudnn.is_known(device)
+    return cudnn.make_cudnn(mesh, most_records) if can else attend_xla
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """cuDNN's attention: what it is told of a packed row, on any machine; that it sees nothing else, where there is one."""
 
 import functools
+import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from llava_jax import targets
 from llava_jax.models.attention import Scope, attend_xla
 from llava_jax.train import cudnn
 from llava_jax.train.config import MeshConfig
 from llava_jax.train.cudnn import find_runs, make_cudnn, why_not
-from llava_jax.train.sharding import make_mesh
+from llava_jax.train.sharding import batch_sharding, make_mesh
 from llava_jax.train.step import REMAT, make_attend
 
 fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
@@ -49,6 +52,12 @@ def documented(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scale == pytest.approx(q.shape[-1] ** -0.5)
         if mask_type == fused.MaskType.NO_MASK:
             return attend_xla(q, k, v, Scope())
+        if mask_type == fused.MaskType.PADDING:
+            t, s = int(q_seqlen[0]), int(kv_seqlen[0])
+            assert (np.asarray(q_seqlen) == t).all()
+            assert (np.asarray(kv_seqlen) == s).all()
+            seen = attend_xla(q[:, :t], k[:, :s], v[:, :s], Scope())
+            return jnp.pad(seen, [(0, 0), (0, q.shape[1] - t), (0, 0), (0, 0)], constant_values=jnp.nan)
         assert mask_type == fused.MaskType.PADDING_CAUSAL
         np.testing.assert_array_equal(q_seqlen, kv_seqlen)
         np.testing.assert_array_equal(q_offsets, kv_offsets)
@@ -102,6 +111,25 @@ def test_the_kernel_is_asked_for_what_plain_attention_does(mesh: Mesh, scope: Sc
     np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
 
 
+@pytest.mark.usefixtures("documented")
+@pytest.mark.parametrize(("t", "s"), [(31, 31), (31, 32), (32, 31)])
+def test_odd_lengths_see_all_and_no_more(mesh: Mesh, t: int, s: int):
+    q, k, v = _inputs()
+    found = make_cudnn(mesh, most_records=3)(q[:, :t], k[:, :s], v[:, :s], Scope())
+    np.testing.assert_allclose(
+        np.float32(found), np.float32(attend_xla(q[:, :t], k[:, :s], v[:, :s], Scope())), atol=0.02
+    )
+
+
+@pytest.mark.usefixtures("documented")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_may_be_given_to_the_kernel_a_few_at_a_time(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, rows: int):
+    q, k, v = _inputs()
+    monkeypatch.setattr(cudnn, "WORKSPACE", rows * 4 * T * 4 * 16 * 4)
+    found = make_cudnn(mesh, most_records=3)(q, k, v, _scope())
+    np.testing.assert_allclose(np.float32(found), np.float32(attend_xla(q, k, v, _scope())), atol=0.02)
+
+
 @pytest.mark.parametrize("changed", [{"window": 5}, {"key_segments": None, "query_segments": None}], ids=str)
 def test_other_calls_go_to_plain_attention(mesh: Mesh, changed: dict[str, object]):
     scope = _scope(**changed)
@@ -116,11 +144,9 @@ def test_float32_goes_to_plain_attention(mesh: Mesh):
 
 
 @pytest.fixture
-def lowered_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets JAX lower the kernel where there is no GPU: what asks the driver is answered for a Hopper."""
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91200)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+def lowered_only() -> Iterator[None]:
+    with cudnn.for_absent_gpus():
+        yield
 
 
 @pytest.mark.usefixtures("lowered_only")
@@ -144,6 +170,59 @@ def test_a_gradient_calls_the_kernel_once_each_way(mesh: Mesh, remat: str):
     # Three records and the padding behind them, in each of three rows; four heads of queries, and of keys.
     assert "tensor<3x32x4x16xbf16>, tensor<3x32x4x16xbf16>, tensor<3x32x4x16xbf16>" in text
     assert "\\22max_seg_per_batch\\22: 4" in text
+
+
+@pytest.mark.usefixtures("lowered_only")
+def test_what_a_run_tries_can_be_lowered(monkeypatch: pytest.MonkeyPatch):
+    """The trial's own calls, a tower's odd number of patches with its gradient among them: JAX refuses some forms."""
+    texts = []
+
+    def lower(run, scope, *, t, heads, h):
+        q, k, v = (jnp.zeros((2, t, n, h), jnp.bfloat16) for n in (heads[0], heads[1], heads[1]))
+        gradient = jax.jit(jax.grad(lambda q, k, v: run(q, k, v).astype(jnp.float32).sum(), (0, 1, 2)))
+        texts.append(gradient.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text())
+        return 0.0
+
+    monkeypatch.setattr(cudnn, "_difference", lower)
+    assert cudnn._largest_error() == 0.0
+    assert len(texts) == 2
+    assert all("@__cudnn$fmhaSoftmaxBackward(" in text for text in texts)
+
+
+@pytest.mark.usefixtures("lowered_only")
+def test_the_backward_pass_of_a_call_is_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """Its workspace is a float32 row of queries for each run that there may be."""
+    monkeypatch.setattr(cudnn, "WORKSPACE", 2 * 4 * T * 4 * 16 * 4)
+    attend = make_cudnn(mesh, most_records=3)
+    gradient = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, _scope()).astype(jnp.float32).sum(), (0, 1, 2)))
+    text = gradient.trace(*_inputs()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
+    assert "tensor<2x32x4x16xbf16>" in text
+    assert "tensor<1x32x4x16xbf16>" in text
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("most_records", [4, 40])
+def test_cudnn_takes_the_workspace_that_is_reckoned_with(most_records: int):
+    """Asked by the real cuDNN, without a GPU: no call takes much more than `WORKSPACE`, or than one row needs."""
+    reason = targets.no_gpu_compiler("h200")
+    if reason is not None:
+        pytest.skip(reason)
+    mesh = make_mesh(MeshConfig(), targets.gpus("h200", 1))
+    attend = make_attend(mesh, most_records=most_records)
+
+    def total(q, k, v, ids):
+        slots = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return attend(q, k, v, Scope(ids, ids, slots, slots, causal=True)).astype(jnp.float32).sum()
+
+    q = jax.ShapeDtypeStruct((8, 2048, 32, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
+    ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=batch_sharding(mesh))
+    text = targets.compile_absent(jax.jit(jax.grad(total, (0, 1, 2))), q, q, q, ids).as_text()
+    backward = [int(size) for size in re.findall(r"bf16\S+ bf16\S+ bf16\S+ u8\[(\d+)\]\S* custom-call", text)]
+    assert backward
+    # Deterministic operations: once more for each 256 slots; and what is left of the softmax, a number a slot.
+    most = max(cudnn.WORKSPACE, (most_records + 1) * 2048 * 32 * 128 * 4)
+    assert max(backward) < 1.01 * most * 2048 / 256
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None = None, **_: object) -> jax.Array:
@@ -178,7 +257,7 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, pack
     """One that lets records see each other, one that leaves slots unwritten, one that does not start."""
     monkeypatch.setattr(type(jax.local_devices()[0]), "compute_capability", "9.0", raising=False)
     monkeypatch.setattr(cudnn, "_attend_packed", packed)
-    monkeypatch.setattr(cudnn, "_call", tower)
+    monkeypatch.setattr(cudnn, "_attend_all", tower)
     found = why_not()
     assert found is None if reason is None else reason in str(found)
 
