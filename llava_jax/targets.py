@@ -86,7 +86,7 @@ def gpus(kind: str, count: int) -> list[Any]:
 @functools.cache
 def no_gpu_compiler(kind: str) -> str | None:
     """What keeps a kind of GPUs from being compiled for on this machine; found by compiling attention for one."""
-    if find_spec("jax_plugins.xla_cuda13") is None:
+    if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
         return "the compiler for GPUs is not installed (pip install -e '.[plan_gpu]', for Python 3.12 and newer)"
     try:
         ctypes.CDLL("libcuda.so.1")
