@@ -18,8 +18,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "torch", "transformers",
 Run = Callable[[], Any]
 
 
-def arguments(description: str, *, sizes: Sequence[str], stages: Sequence[str] = (), **more: str) -> argparse.Namespace:
-    """The options that all benchmarks have, `--stage` where there are several, and `more`: names and their help."""
+def arguments(
+    description: str, *, sizes: Sequence[str], stages: Sequence[str] = (), flags: Mapping[str, str] = {}, **more: str
+) -> argparse.Namespace:
+    """The options that all benchmarks have, `--stage` where there are several, `flags` and `more`: names and help."""
     parser = argparse.ArgumentParser(description=description)
     if stages:
         parser.add_argument("--stage", choices=stages, default=stages[0])
@@ -28,6 +30,8 @@ def arguments(description: str, *, sizes: Sequence[str], stages: Sequence[str] =
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and its JSON")
     parser.add_argument("--only-ours", action="store_true", help="leave the peer out")
+    for name, purpose in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=purpose)
     for name, purpose in more.items():
         parser.add_argument(f"--{name}", help=purpose)
     chosen = parser.parse_args()

@@ -53,6 +53,7 @@ def measure(chosen: Any, num_rows: int, length: int, pictures: int, layers: int)
     config = peer.SIZES[chosen.size]
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=layers))
     ours = Ours(chosen, config, None)
+    ours.make_step(most_records=pictures)
     share = length // pictures
     examples = conversations([share] * (num_rows * pictures), config, num_text=0)
     rows = [list(range(row * pictures, (row + 1) * pictures)) for row in range(num_rows)]

@@ -2,7 +2,8 @@
 
 python -m benchmarks.train                          # stage 2, about 70M parameters, float32, this CPU
 python -m benchmarks.train --stage stage1           # the projector alone; or --stage lora
-python -m benchmarks.train --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, packed rows of 2048, one H200
+python -m benchmarks.train --device gpu --size 7b   # LLaVA-1.5-7B's shape, bfloat16, packed rows of 2048, one H200;
+                                                    # with --stacked a scanned stack of layers, not a tuple
 
 Real tokens are those of conversations, picture slots counted and padding not. `dense` gives both sides the very same
 full rows. `mixed` gives both the same conversations: the peer's in padded batches, grouped as the original's
@@ -49,8 +50,15 @@ Side = Callable[[str], Answer]
 
 
 def main() -> None:
-    chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(JOBS), stages=("stage2", "stage1", "lora"))
+    chosen = arguments(
+        (__doc__ or "").splitlines()[0],
+        sizes=tuple(JOBS),
+        stages=("stage2", "stage1", "lora"),
+        flags={"stacked": "ours with a scanned stack of layers, not a tuple"},
+    )
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Without it JAX takes three quarters of a GPU, however it allocates.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # One that you have exported would reach the peer as well.
     os.environ.pop("GLIBC_TUNABLES", None)
     from llava_jax.heap import HEAP
@@ -95,7 +103,7 @@ def main() -> None:
         "MFU": f"of {peak / 1e9:,.0f} GFLOP/s ({'data sheet' if chosen.device == 'gpu' else 'torch.mm here'}); "
         + CONVENTION,
     }
-    publish(f"train_{chosen.stage}", chosen, rows, notes)
+    publish(f"train_{chosen.stage}{'_stacked' if chosen.stacked else ''}", chosen, rows, notes)
 
 
 def timed(sides: Mapping[str, Side], repeats: int) -> dict[tuple[str, str], list[float]]:
@@ -189,7 +197,7 @@ def our_calls(chosen: Any) -> Calls:
     weights = None
     if chosen.device == "cpu" and not chosen.only_ours:
         weights = peer.our_model(data.config, peer.make_peer(data.config, device="cpu", dtype=torch.float32)).params
-    ours = Ours(chosen, data.config, weights)
+    ours = Ours(chosen, data.config, weights, stacked=chosen.stacked)
     dense = ours.place(ours.rows(data.dense, [[i] for i in range(len(data.dense))], data.job.dense[1], 1))
     mixed, num_rows = ours.pack(data.mixed, data.job, len(data.grouped))
     begin = time.perf_counter()
@@ -309,13 +317,14 @@ def peer_step(model: Any, stage: str, job: Job, *, is_large: bool) -> Callable[[
 class Ours:
     """Our step, the one that training compiles, and its state."""
 
-    def __init__(self, chosen: Any, config: Any, weights: Mapping[str, Any] | None):
+    def __init__(self, chosen: Any, config: Any, weights: Mapping[str, Any] | None, *, stacked: bool = False):
         import jax
         import jax.numpy as jnp
 
         from llava_jax.data.rows import Conversations, Needs
         from llava_jax.data.templates import V1
         from llava_jax.models import lora
+        from llava_jax.models.parameters import stack_layers
         from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
         from llava_jax.train.objectives import next_token
         from llava_jax.train.optim import make_optimizer
@@ -333,6 +342,7 @@ class Ours:
             data=DataConfig(records="", image_root="", tokenizer="", rows=self.format, batch_rows=1, steps=1),
             optim=OptimConfig(learning_rate=1e-6, moments="bfloat16" if is_gpu else "float32"),
             compute_dtype="bfloat16" if is_gpu else "float32",
+            stacked=stacked,
             remat="linear" if chosen.size == "7b" else "nothing",
             checkpoint_every=1,
         )
@@ -341,6 +351,9 @@ class Ours:
         self.layout = Layout(self.config, self.optimizer, self.mesh)
         trainable, frozen, _ = self.layout.memory
         self.size = sum(value.size for value in (trainable | frozen).values())
+
+        if weights is not None and stacked:
+            weights = stack_layers(weights)
 
         def draw(name: str, target: Any) -> Any:
             if weights is not None and name in weights:
@@ -356,7 +369,14 @@ class Ours:
         self.trainable = {name: draw(name, target) for name, target in trainable.items()}
         self.frozen = {name: draw(name, target) for name, target in frozen.items()}
         self.opt_state = jax.jit(self.optimizer.init)(self.trainable)
+        self.make_step(most_records=1)
         self.needs = Needs(None, "", config.vision.image_size, config.num_features)  # pyright: ignore[reportArgumentType]
+
+    def make_step(self, most_records: int) -> None:
+        """The step for rows of so many records at most."""
+        from llava_jax.train.step import jit_step
+
+        self.compiled = jit_step(self.layout, self.optimizer, most_records=most_records)
 
     def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
         """The batch of the listed rows."""
@@ -374,7 +394,6 @@ class Ours:
         A batch has as many rows as it takes to make no more updates than the peer: both learn from as much at a time.
         """
         from llava_jax.data.plan import pack
-        from llava_jax.train.step import jit_step
 
         sizes: Any = types.SimpleNamespace(
             tokens=np.array([len(example.tokens) for example in examples]),
@@ -382,7 +401,7 @@ class Ours:
         )
         order = np.random.default_rng(3).permutation(len(examples))
         packed = pack(order, sizes, self.format.capacity)
-        self.compiled = jit_step(self.layout, self.optimizer, most_records=max(map(len, packed)))
+        self.make_step(max(map(len, packed)))
         rows = -(-len(packed) // most_steps)
         packed += [[]] * (-len(packed) % rows)
         steps = [packed[i : i + rows] for i in range(0, len(packed), rows)]
