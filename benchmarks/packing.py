@@ -85,8 +85,8 @@ def padded(lengths: Lengths, order: np.ndarray, per_device: int) -> tuple[int, i
     return steps, int(longest.sum()) * per_device, int(longest.max(axis=1).sum()) * step
 
 
-def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, int, int]:
-    """Steps, slots and real tokens of our plan, padding rows and an unfilled last step included."""
+def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, int, int, int]:
+    """Steps, slots, real tokens and most records of a row of our plan, padding rows and the last step included."""
     count, tokens = len(lengths.tokens), np.minimum(lengths.tokens, capacity.tokens)
     file = RecordFile("drawn", np.zeros((count, 2), np.int64))
     index = Index(
@@ -99,7 +99,7 @@ def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, 
     settings = {"batch_rows": None, "batch_records": None} | batch
     plan = make_plan(index, capacity, seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=DEVICES, **settings)
     # The last rows of an epoch may not fill a step; every row takes its slots.
-    return plan.num_steps, plan.num_rows * capacity.tokens, int(tokens.sum())
+    return plan.num_steps, plan.num_rows * capacity.tokens, int(tokens.sum()), plan.most_records
 
 
 def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
@@ -114,8 +114,8 @@ def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> lis
     how = "group_by_modality_length" if grouped else "random batches"
     real = int(lengths.tokens.sum())
     found = [
-        (f"original: {how}, {records} records", steps, slots, real),
-        ("its devices waiting for each other", steps, waiting, real),
+        (f"original: {how}, {records} records", steps, slots, real, 1),
+        ("its devices waiting for each other", steps, waiting, real, 1),
     ]
     for capacity in ROWS:
         shape = f"rows of {capacity.tokens} tokens, {capacity.tiles} tiles"
@@ -124,8 +124,8 @@ def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> lis
         found.append((f"{shape}, `batch_records={records}`", *packed(lengths, capacity, batch_records=records)))
         found.append((f"{shape}, `batch_rows={rows}`", *packed(lengths, capacity, batch_rows=rows)))
     return [
-        f"| {name} | {what} | {number:,} | {taken // number:,} | {taken:,} | {used / taken:.1%} |"
-        for what, number, taken, used in found
+        f"| {name} | {what} | {number:,} | {taken // number:,} | {taken:,} | {used / taken:.1%} | {most} |"
+        for what, number, taken, used, most in found
     ]
 
 
@@ -141,7 +141,8 @@ def main() -> None:
         "padded to the fullest of the epoch. In rows of 1792 the few longer records would be refused or cut; here they"
     )
     print("are cut.")
-    head = "\n| lengths | batches | steps | slots a step | slots an epoch | real |\n|---|---|---|---|---|---|"
+    head = "\n| lengths | batches | steps | slots a step | slots an epoch | real | most records of a row |\n"
+    head += "|---|---|---|---|---|---|---|"
     print(head)
     mix = mix665k(np.random.default_rng(0))
     print("\n".join(_rows("mix665k", mix, PER_DEVICE, grouped=True)), flush=True)

@@ -1,4 +1,4 @@
-"""Plans of the large configs by the TPU compiler: one `llava-jax plan` a row, several minutes of a CPU each.
+"""Plans of the large configs by the compilers for TPUs and GPUs: one `llava-jax plan` a row, minutes of a CPU each.
 
 python -m benchmarks.plans          # all that results/plans.json does not hold yet; '--again' for all
 python -m benchmarks.plans --row 3  # one of them, again
@@ -16,7 +16,8 @@ from benchmarks.report import as_table
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-# Config, topology, overrides: the slices that recipes are meant for, and smaller ones to try.
+# Config, topology, overrides: the slices that recipes are meant for, and smaller ones to try. Rows for GPUs are
+# arithmetic where what the README asks for is not installed.
 PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_pretrain_7b", "v5e:4x4", ()),
     ("llava15_pretrain_7b", "v5e:2x2", ("accumulation=32",)),
@@ -30,6 +31,14 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava16_finetune_34b", "v5p:4x4x8", ()),
     ("llava16_finetune_34b", "v5p:2x2x4", ("accumulation=8",)),
     ("llava16_finetune_34b", "v6e:8x8", ("accumulation=2",)),
+    ("llava15_pretrain_7b", "h100:1", ("accumulation=16",)),
+    ("llava15_finetune_7b", "h200:1", ("accumulation=16", "optim.moments=bfloat16")),
+    ("llava15_finetune_7b", "h200:1", ("accumulation=16", "optim.moments=bfloat16", "remat=linear")),
+    ("llava15_finetune_7b", "h100:8", ("accumulation=2",)),
+    ("llava15_finetune_7b", "h100:16", ()),
+    ("llava15_finetune_13b", "h100:8", ("accumulation=4",)),
+    ("llava15_finetune_lora_7b", "h100:1", ("accumulation=16",)),
+    ("llava15_finetune_qlora_7b", "4090:1", ()),
 )
 
 
@@ -83,7 +92,7 @@ def _report(plans: dict[str, Any]) -> str:
     methods = sorted({plan["method"] for plan in plans.values()})
     return f"""# Plans: what fits where
 
-What the TPU compiler says on a CPU, {", ".join(methods)}: `python -m benchmarks.plans`, a row being the output of
+What the compilers say on a CPU, {", ".join(methods)}: `python -m benchmarks.plans`, a row being the output of
 `llava-jax plan --config configs/CONFIG.py --topology TOPOLOGY --set ...` as its first cell has it. One row of tokens a
 record is assumed, as the data are not there to be packed; with packing a step has fewer rows. All devices are on the
 mesh's `fsdp` axis. GiB of one chip; total = arguments + outputs - aliased + temporaries + code, all of which the
