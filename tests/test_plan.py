@@ -225,7 +225,9 @@ def test_every_kind_of_gpu_is_compiled_for(name: str):
 @pytest.mark.nightly
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs the TPU compiler: pip install -e '.[plan]'")
 @pytest.mark.parametrize("name", TPUS)
-def test_the_devices_of_every_kind_make_a_mesh(name: str):
+def test_the_devices_of_every_kind_make_a_mesh(name: str, monkeypatch: pytest.MonkeyPatch):
+    # As the command line has it: another process may hold the library.
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = _devices(f"{name}:2x4x4" if name in ("v4", "v5p", "tpu7x") else f"{name}:4x8")
     for config in (MeshConfig(), MeshConfig(tensor=2), MeshConfig(data=2, tensor=4)):
         assert make_mesh(config, devices).size == len(devices)
