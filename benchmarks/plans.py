@@ -38,7 +38,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_finetune_7b", "h100:16", ()),
     ("llava15_finetune_13b", "h100:8", ("accumulation=4",)),
     ("llava15_finetune_lora_7b", "h100:1", ("accumulation=16",)),
-    ("llava15_finetune_qlora_7b", "4090:1", ()),
+    ("llava15_finetune_qlora_7b", "4090:1", ("stacked=true",)),
 )
 
 
