@@ -85,7 +85,7 @@ def _report(plans: dict[str, Any]) -> str:
                 "fits": "yes" if plan["fits"] else "no",
                 "step takes at least": f"{bound['seconds']:.2f} s",
                 "MFU at most": f"{plan['mfu_ceiling']:.0%}",
-                "compiled": plan["date"],
+                "compiled": "by arithmetic" if plan["method"] == "analytic" else plan["date"],
             }
         )
         links.append({"plan": f"`{what}`"} | _traffic(plan["collectives"]))

@@ -376,6 +376,7 @@ class Ours:
         """The step for rows of so many records at most."""
         from llava_jax.train.step import jit_step
 
+        self.most_records = most_records
         self.compiled = jit_step(self.layout, self.optimizer, most_records=most_records)
 
     def rows(self, examples: Sequence[Any], rows: Sequence[Sequence[int]], length: int, tiles: int) -> dict[str, Any]:
@@ -383,6 +384,7 @@ class Ours:
         import dataclasses
 
         format = dataclasses.replace(self.format, length=length, tiles=tiles)
+        assert max(map(len, rows)) <= self.most_records, "the step was made for rows of fewer records"
         made = [format.assemble([examples[i] for i in row], self.needs) for row in rows]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         num_rows = len(rows)

@@ -14,7 +14,9 @@ _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)")
 _COLLECTIVE = re.compile(rf"(?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|\b(?:called|branch)_computations=\{([^}]*)\}")
+_CALLS = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)|\b(?:called|branch)_computations=\{([^}]*)\}"
+)
 _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{([^}]*)\}"
 )
@@ -134,11 +136,30 @@ def _step(body: str, index: int) -> int:
 
 def _payload(kind: str, shape: str, start: bool, group: int) -> int:
     """Bytes of the whole array; the text's shape is the result's, and an asynchronous start's has the operand first."""
-    sizes = [math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(t, 4) for t, dims in _ARRAY.findall(shape)]
-    if start and kind != "all-reduce":
-        # (operands, results, contexts): the results of a gather are the larger half, all else is equal.
-        return max(sizes)
-    return sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    halves = _elements(shape)[:2]
+    # (operands, results, contexts), but that TPUs start an all-reduce with its results alone.
+    if start and (kind != "all-reduce" or halves[0].startswith("(")):
+        return max(map(_num_bytes, halves))
+    return _num_bytes(shape) * (group if kind == "reduce-scatter" else 1)
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes in a tuple's: of `((f32[2]{0}, f32[4]{0}), f32[8]{0})` a tuple's and an array's."""
+    if not shape.startswith("("):
+        return [shape]
+    elements, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return [element.strip() for element in elements]
+
+
+def _num_bytes(shape: str) -> int:
+    arrays = _ARRAY.findall(shape)
+    return sum(math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(t, 4) for t, dims in arrays)
 
 
 def _group(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
@@ -151,8 +172,10 @@ def _group(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], i
 
 def _members(line: str, num_devices: int) -> list[int]:
     """The devices of the first group."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return [int(pairs[1]), int(pairs[2])]
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):
+        moves = [_integers(pair) for pair in re.findall(r"\d+,\d+", pairs[1])]
+        # A device may keep its own.
+        return next((move for move in moves if move[0] != move[1]), moves[0][:1])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return _integers(listed[1])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):

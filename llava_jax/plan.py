@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llava_jax import targets
-from llava_jax.chips import GIB, GPUS, TPUS, Chip, Gpu
+from llava_jax.chips import GIB, GPU_SHARE, GPUS, TPUS, Chip
 from llava_jax.collectives import Collective, read_collectives
 from llava_jax.data.plan import check_batch
 from llava_jax.data.rows import Needs
@@ -29,10 +29,8 @@ from llava_jax.train.step import REMAT, abstract_tallies, jit_step
 
 # Neither the memory nor the time of a step depends on how many of them there are.
 NUM_STEPS = 1000
-# Of a row, at most: LLaVA's mix packed in rows of 2,048 slots has no more (docs/performance.md).
+# Of a row that has no more tiles: LLaVA's mix, as drawn in benchmarks/packing.py, in rows of 2,048 slots.
 MOST_RECORDS = 4
-# What `XLA_PYTHON_CLIENT_MEM_FRACTION` may say at most: CUDA and NCCL need the rest.
-GPU_SHARE = 0.95
 # Compilations that the search for something that fits may take.
 MAX_TRIES = 4
 
@@ -73,7 +71,8 @@ class Plan:
 def plan(config: TrainConfig, topology: str) -> Plan:
     """Compiles the train step for a TPU topology such as `v5e:16x16`, or for GPUs such as `h100:8`.
 
-    Without a compiler for GPUs it is tabulated for them, and says why.
+    Without a compiler for GPUs it is tabulated for them, and says why. Where there is no GPU, JAX_PLATFORMS must be
+    cpu, as the command line sets it.
 
     Raises:
       UserError: an unknown topology, a mesh or batch that does not divide, or libtpu is not installed.
@@ -143,7 +142,9 @@ def _empty_row(config: TrainConfig) -> Mapping[str, np.ndarray]:
 
 def _compile(job: Job, topology: str, chip: Chip) -> Plan:
     """The plan as the devices' compiler finds it."""
-    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=MOST_RECORDS)
+    print(f"compiling for {topology}", file=sys.stderr, flush=True)
+    most = max(MOST_RECORDS, getattr(job.config.data.rows, "tiles", 0))
+    step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=most)
     assert isinstance(job.layout.mesh, Mesh), "a step is compiled for devices"
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     arguments = shard_bytes((job.layout.memory, job.batch))
@@ -170,10 +171,9 @@ def _compile(job: Job, topology: str, chip: Chip) -> Plan:
         parts["saving"] = shard_bytes((job.layout.disk[0], job.layout.disk[2]))
         total = max(total, arguments + parts["saving"])
     # The compiler has let pass what, all parts added, is half a GiB more than a chip has; one for GPUs refuses nothing.
-    headroom = (round(GPU_SHARE * chip.hbm_bytes) if isinstance(chip, Gpu) else chip.hbm_bytes) - total
-    size = parts | {"total": total, "headroom": headroom}
+    size = parts | {"total": total, "headroom": chip.usable_bytes - total}
     collectives = read_collectives(text, dict(job.layout.mesh.shape))
-    return _report(job, topology, chip, fits=headroom >= 0, size=size, collectives=collectives)
+    return _report(job, topology, chip, fits=total <= chip.usable_bytes, size=size, collectives=collectives)
 
 
 def too_large(message: str, arguments: int) -> dict[str, int] | None:
@@ -213,7 +213,7 @@ def _report(
         topology=topology,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
-        method=_method(mesh),
+        method=_method(job),
         fits=fits,
         bytes_per_chip=size,
         hbm_bytes=chip.hbm_bytes,
@@ -223,23 +223,23 @@ def _report(
         collectives=[collective._asdict() for collective in collectives],
         step_seconds_lower_bound=bound,
         mfu_ceiling=flops / (mesh.size * chip.flops * bound["seconds"]),
-        assumptions=_assumptions(job, fits=fits),
+        assumptions=_assumptions(job, topology, fits=fits),
         suggestion=None,
     )
 
 
-def _method(mesh: Mesh | AbstractMesh) -> str:
-    if isinstance(mesh, AbstractMesh):
-        return "analytic"
-    return f"compiled by {targets.compiler_version(mesh.devices.flat[0].platform)}, jax {jax.__version__}"
+def _method(job: Job) -> str:
+    mesh = job.layout.mesh
+    version = targets.compiler_version(mesh.devices.flat[0].platform) if isinstance(mesh, Mesh) else None
+    return f"compiled by {version}, jax {jax.__version__}" if version else "analytic"
 
 
 def _tabulate(job: Job, topology: str, chip: Chip) -> Plan:
     """The plan by arithmetic, for devices without a compiler here."""
     parts, collectives = estimate(job.layout, job.batch)
     total = sum(parts.values())
-    size = parts | {"total": total, "headroom": chip.hbm_bytes - total}
-    report = _report(job, topology, chip, fits=total <= chip.hbm_bytes, size=size, collectives=collectives)
+    size = parts | {"total": total, "headroom": chip.usable_bytes - total}
+    report = _report(job, topology, chip, fits=total <= chip.usable_bytes, size=size, collectives=collectives)
     assumptions = [
         "analytic: no compiler was asked; state is exact, temporaries are sums of the largest arrays, and what the "
         "compiler fuses or copies may change them by a fifth or more",
@@ -259,7 +259,7 @@ def _batch_summary(job: Job) -> dict[str, int]:
     }
 
 
-def _assumptions(job: Job, *, fits: bool) -> list[str]:
+def _assumptions(job: Job, topology: str, *, fits: bool) -> list[str]:
     said = [f"flops: {CONVENTION}"]
     data = job.config.data
     if data.batch_rows is None and data.batch_records is not None:
@@ -274,10 +274,10 @@ def _assumptions(job: Job, *, fits: bool) -> list[str]:
         "compute: the FLOPs above and what the backward pass computes again; memory: arguments and results once; "
         "links: what a device receives, through all of its links at once",
     ]
-    if isinstance(job.layout.mesh, Mesh) and job.layout.mesh.devices.flat[0].platform == "gpu":
+    if topology.partition(":")[0] in GPUS:
         said.append(
-            f"gpu: rows of {MOST_RECORDS} records at most; kernels were not timed, and a run's own choice may need "
-            f"more workspace; headroom is that of XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}, JAX alone takes 0.75"
+            f"headroom: XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}, by itself JAX takes 0.75; no kernel was timed, "
+            "and other kernels may need more; cuDNN's attention as in a run whose trial of it succeeds"
         )
     if not fits:
         said.append("it does not fit: where the compiler refused it, collectives are unknown and their time is zero")
@@ -311,11 +311,11 @@ def _suggest(job: Job, refused: Plan, chip: Chip) -> dict[str, Any] | None:
     sized = _sized(job.config, devices, _candidates(job.config, num_batch_shards(job.layout.mesh)))
     if isinstance(devices, int):
         for total, overrides, _ in sized:
-            if total <= chip.hbm_bytes:
+            if total <= chip.usable_bytes:
                 return {"set": list(overrides), "by": "arithmetic", "total_bytes": total}
         return _larger(job.config, topology, chip, scale)
     found = list(sized)
-    likely = [item for item in found if scale * item[0] <= chip.hbm_bytes]
+    likely = [item for item in found if scale * item[0] <= chip.usable_bytes]
     # Arithmetic may be wrong either way: if nothing seems to fit, the smallest is compiled all the same.
     for _, overrides, changed in likely[:MAX_TRIES] or sorted(found, key=lambda item: item[0])[:1]:
         print(f"does not fit; compiling with {' '.join(overrides)}", file=sys.stderr, flush=True)
@@ -352,7 +352,7 @@ def _larger(config: TrainConfig, topology: str, chip: Chip, scale: float) -> dic
         finest = () if config.remat == "everything" else ("remat=everything",)
         finest += (f"accumulation={rows}",) if rows > config.accumulation else ()
         for total, overrides, _ in _sized(config, devices, [(), finest]):
-            if scale * total <= 0.9 * chip.hbm_bytes:
+            if scale * total <= 0.9 * chip.usable_bytes:
                 return {
                     "topology": topology,
                     "set": list(overrides),

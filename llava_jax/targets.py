@@ -36,7 +36,7 @@ DESCRIPTION = """
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   core_count: {cores}
-  fpus_per_core: 128
+  fpus_per_core: {lanes}
   clock_rate_ghz: {clock}
   device_memory_size: {memory}
   memory_bandwidth: {bandwidth}
@@ -103,7 +103,9 @@ def no_gpu_compiler(kind: str) -> str | None:
 
         compile_absent(jax.jit(jax.grad(total, (0, 1, 2))), q, q, q, ids)
     except Exception as error:  # Whatever a compiler, or a library of another version, comes up with.
-        return f"what is installed does not compile for them: {_first_line(error)}"
+        return (
+            f"what is installed is not what '.[plan_gpu]' asks for, or JAX_PLATFORMS is not cpu: {_first_line(error)}"
+        )
     return None
 
 
@@ -112,13 +114,12 @@ def compile_absent(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.C
     devices = {device for leaf in jax.tree.leaves(arguments) for device in leaf.sharding.device_set}
     if any(device.platform != "gpu" for device in devices):
         return program.lower(*arguments).compile()
-    # Also what `llava-jax train` would set on such a machine.
+    # Also what `llava-jax train` would set on such a machine, unless it is set.
     name = GPU_FLAGS[0].removeprefix("--").split("=")[0]
-    given = re.search(rf"--{name}=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    is_exact = given is None or given[1] in ("true", "1")
+    exact = {} if name in os.environ.get("XLA_FLAGS", "") else {name: True}
     with cudnn.for_absent_gpus():
         lowered = program.lower(*arguments)
-    return lowered.compile(compiler_options=OPTIONS | {name: is_exact})
+    return lowered.compile(compiler_options=OPTIONS | exact)
 
 
 def compiler_version(platform: str) -> str:
@@ -143,6 +144,7 @@ def _describe(kind: str, gpu: Gpu) -> str:
         major=major,
         minor=minor,
         cores=gpu.cores,
+        lanes=gpu.lanes,
         clock=gpu.clock,
         memory=gpu.hbm_bytes,
         bandwidth=int(gpu.memory),

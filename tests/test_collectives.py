@@ -111,6 +111,42 @@ def test_what_a_tpu_compiler_writes_is_understood():
     ]
 
 
+# As the GPU compiler writes: several arrays in one start, operands before results in tuples of their own; branches by
+# their names; moves of which the first stays at home.
+GPU = """
+HloModule jit_step
+
+%supervised (x: bf16[64,128]) -> f32[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %s = ((f32[256,128]{1,0}, f32[8]{0}), (f32[64,128]{1,0}, f32[2]{0})) reduce-scatter-start(%x), channel_id=1, GROUPS
+  ROOT %d = f32[64,128]{1,0} reduce-scatter-done(%s)
+}
+
+%empty (x: bf16[64,128]) -> f32[64,128] {
+  ROOT %x = f32[64,128]{1,0} parameter(0)
+}
+
+ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %g = ((bf16[64,128]{1,0}, bf16[2]{0}), (bf16[256,128]{1,0}, bf16[8]{0})) all-gather-start(%x), channel_id=2, GROUPS
+  %r = ((f32[6]{0}), f32[6]{0}) all-reduce-start(%x), channel_id=3, GROUPS, to_apply=%add
+  %t = f32[5]{0} all-reduce-start(%x), channel_id=4, GROUPS, to_apply=%add
+  %p = bf16[16]{0} collective-permute(%x), channel_id=5, source_target_pairs={{0,0},{1,2},{2,1},{3,3}}
+  ROOT %c = f32[64,128] conditional(%x, %x, %x), true_computation=%supervised, false_computation=%empty
+}
+""".replace("GROUPS", "replica_groups=[1,4]<=[4]")
+
+
+def test_what_a_gpu_compiler_writes_is_understood():
+    gathered, scattered = (256 * 128 + 8) * 2, (256 * 128 + 8) * 4
+    assert read_collectives(GPU, {"data": 1, "fsdp": 4, "tensor": 1}) == [
+        Collective("reduce-scatter", ("fsdp",), 1, scattered, scattered * 3 // 4),
+        Collective("all-gather", ("fsdp",), 1, gathered, gathered * 3 // 4),
+        Collective("all-reduce", ("fsdp",), 2, 44, 66),
+        Collective("collective-permute", ("fsdp",), 1, 32, 32),
+    ]
+
+
 def test_a_loop_of_unknown_turns_is_refused():
     with pytest.raises(ValueError, match="does not say how often it turns"):
         read_collectives(TPU.replace("constant(24)", "parameter(1)"), {"data": 1, "fsdp": 4, "tensor": 2})

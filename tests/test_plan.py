@@ -83,7 +83,7 @@ def test_a_gpu_plan_is_labelled_analytic_and_its_parts_add_up(shallow: TrainConf
     assert result.assumptions[0].startswith("analytic")
     assert result.assumptions[1] == "no compiler: not in this test"
     assert parts["total"] == sum(v for name, v in parts.items() if name not in ("total", "headroom"))
-    assert parts["total"] + parts["headroom"] == result.hbm_bytes
+    assert parts["total"] + parts["headroom"] == pytest.approx(0.95 * result.hbm_bytes, abs=1)
     bound = result.step_seconds_lower_bound
     assert bound["seconds"] == max(bound[name] for name in ("compute", "memory", "links"))
     assert 0 < result.mfu_ceiling <= result.flops / result.executed_flops < 1
@@ -198,7 +198,6 @@ def test_a_gpu_plan_compiles_the_step(shallow: TrainConfig, topology: str, axes:
     assert result.method.startswith("compiled by jax-cuda13-pjrt")
     size, count = result.bytes_per_chip, int(topology.partition(":")[2])
     assert size["total"] == size["arguments"] + size["outputs"] - size["aliased"] + size["temporaries"]
-    assert result.fits is (size["headroom"] >= 0)
     assert size["aliased"] > 0, "the state is not donated"
     assert {tuple(c["axes"]) for c in result.collectives} == axes
     assert result.num_devices == count

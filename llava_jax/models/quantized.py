@@ -79,14 +79,17 @@ def is_quantized(name: str) -> bool:
 
 @jax.custom_vjp
 def multiply(x: Float[Array, "b t d"], codes: Codes, absmax: Float[Array, "s f"]) -> Float[Array, "b t f"]:
-    """`x W` with the kernel dequantized for this product alone, to x's dtype or closer; only x has a gradient."""
+    """`x W` with the kernel dequantized for this product alone; only x has a gradient.
+
+    The kernel is rounded to x's dtype, but that of int8 for few tokens.
+    """
     # Behind the barrier nothing depends on the weights alone, or XLA would dequantize them before a decoding loop, and
     # keep what a forward pass dequantized for the backward pass.
     x, codes, absmax = jax.lax.optimization_barrier((x, codes, absmax))
     if x.size > FEW_TOKENS * x.shape[-1]:
         return x @ dequantize(codes, absmax, x.dtype)
     if codes.dtype == jnp.int8:
-        # Scaled after the product: XLA's GPU compiler reads codes as they are, but writes out a kernel that it scales.
+        # Scaled after the product: on GPUs a scaled kernel would be written out, Triton's product can read the codes.
         products = jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
         return (products * (absmax / 127)).astype(x.dtype)
     # Half by half: to put the rows of a whole kernel in turn, XLA's TPU compiler would write it out first, in float32.

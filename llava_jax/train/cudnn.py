@@ -20,7 +20,8 @@ CAPABILITY = 9.0
 # What cuDNN takes: heads of this width at most, and places that an int32 can count.
 WIDEST_HEAD = 128
 MOST_PLACES = 2**31
-# Bytes that a packed call's backward pass may sum the queries' gradients in, besides the least: those of one row.
+# Bytes that a packed call's backward pass may sum the queries' gradients in, T / 256 times as many with deterministic
+# operations; never less than one row takes.
 WORKSPACE = 2**29
 # What JAX calls the kernel, whose results a remat policy may keep (`step.REMAT`).
 KERNEL = "dot_product_attention_fwd"

@@ -93,8 +93,15 @@ def make_attend(mesh: Mesh, *, most_records: int) -> Attend:
     if device.platform != "gpu":
         return attend_xla
     # What is compiled for GPUs that are not here cannot be tried.
-    can = _has_cudnn() if device in jax.devices() else cudnn.is_known(device)
+    can = _has_cudnn() if _is_here(device) else cudnn.is_known(device)
     return cudnn.make_cudnn(mesh, most_records) if can else attend_xla
+
+
+def _is_here(device: Any) -> bool:
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:
+        return False
 
 
 @functools.cache

@@ -229,7 +229,7 @@ def test_a_product_of_decoding_on_a_tpu_writes_no_kernel(scheme, monkeypatch: py
 
 @pytest.mark.nightly
 def test_a_product_of_decoding_on_a_gpu_writes_no_kernel():
-    """int8 alone: an nf4 kernel is written out, half by half, at every token."""
+    """int8 alone, by Triton's product: an nf4 kernel is written out, half by half, at every token."""
     reason = targets.no_gpu_compiler("h200")
     if reason is not None:
         pytest.skip(reason)
