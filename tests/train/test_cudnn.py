@@ -121,6 +121,36 @@ def test_odd_lengths_see_all_and_no_more(mesh: Mesh, t: int, s: int):
     )
 
 
+def test_a_slot_that_is_not_seen_has_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    """What the kernel leaves unwritten, in its results and in its gradients, reaches nothing."""
+
+    @jax.custom_vjp
+    def kernel(q, k, v):
+        return spoilt(attend_xla(q[:, :31], k[:, :31], v[:, :31], Scope()))
+
+    def spoilt(x):
+        return jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)], constant_values=jnp.nan)
+
+    def forward(q, k, v):
+        return kernel(q, k, v), (q, k, v)
+
+    def backward(saved, gradient):
+        inner = (x[:, :31] for x in saved)
+        _, back = jax.vjp(lambda q, k, v: attend_xla(q, k, v, Scope()), *inner)
+        return tuple(map(spoilt, back(gradient[:, :31])))
+
+    kernel.defvjp(forward, backward)
+    monkeypatch.setattr(cudnn, "_call", lambda q, k, v, **_: kernel(q, k, v))
+    inputs = [x[:, :31] for x in _inputs("float32")]
+
+    def gradients(attend):
+        return jax.grad(lambda q, k, v: (attend(q, k, v) ** 2).sum(), (0, 1, 2))(*inputs)
+
+    plain = gradients(lambda q, k, v: attend_xla(q, k, v, Scope()))
+    for found, expected in zip(gradients(cudnn._attend_all), plain, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.usefixtures("documented")
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rows_may_be_given_to_the_kernel_a_few_at_a_time(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, rows: int):
