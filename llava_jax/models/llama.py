@@ -89,9 +89,16 @@ def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling
 
 def rotate(x: Float[Array, "b t n h"], angles: Rotary) -> Float[Array, "b t n h"]:
     """Turns each pair (i, i + h/2) of every head by its angle (`apply_rotary_pos_emb` of transformers)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
+    half = x.shape[-1] // 2
+    # Neighbours by shifts with zeros moving in: halves that are cut out and joined again, XLA's TPU compiler would write
+    # out, each padded to the width of a head.
+    turned = _shift(x, half) - _shift(x, -half)
     return (x * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).astype(x.dtype)
+
+
+def _shift(x: Float[Array, "b t n h"], by: int) -> Float[Array, "b t n h"]:
+    """Moves every head's values up by so many places, or down; what leaves it is lost."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + [(by, -by, 0)])
 
 
 class RMSNorm(nnx.Module):

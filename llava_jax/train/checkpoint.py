@@ -48,6 +48,7 @@ class Checkpoints:
         root = epath.Path(workdir) if is_remote(workdir) else Path(workdir).absolute()
         self.frozen_path, self.steps_path, self._damaged_path = root / FROZEN, root / STEPS, root / DAMAGED
         self._frozen: dict[str, str] = {}
+        self._clear_unfinished()
         best = checkpoint_managers.BestN(
             get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -61,12 +62,21 @@ class Checkpoints:
                 best_fn=_eval_loss,
                 best_mode="min",
                 create=True,
-                # What a killed run left half written would stay for ever.
-                cleanup_tmp_directories=True,
                 # As long as it takes: a slow disk needs longer than Orbax grants, and would at the next start too.
                 async_options=ocp.AsyncOptions(timeout_secs=PATIENCE),
             ),
         )
+
+    def _clear_unfinished(self) -> None:
+        """Removes what a killed run left half written, which would stay for ever.
+
+        Orbax would do it while it lists the folder; one of a bucket is gone with its last file, and cannot be listed.
+        """
+        what = f"{self.steps_path} could not be cleared of steps that are half written"
+        with processes.first_before_others("unfinished"), named_errors(what, "Check its permissions."):
+            if processes.is_first():
+                for unfinished in ocp.utils.tmp_checkpoints(self.steps_path):
+                    unfinished.get().rmtree()
 
     def steps(self) -> list[int]:
         """Steps that were completely written, the newest first."""

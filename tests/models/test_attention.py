@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax.models.attention import Attend, Scope, attend_whole, attend_xla
-from llava_jax.models.llama import rotary, rotate
+from llava_jax.models.llama import Rotary, rotary, rotate
 
 
 def _row(*values: int) -> jax.Array:
@@ -154,6 +154,27 @@ def test_position_zero_turns_nothing_and_a_quarter_turn_swaps_the_halves():
     quarter = jnp.full((1, 1, 4), jnp.pi / 2)
     turned = rotate(x, type(rotary(_row(0), head_dim=4, theta=10.0))(jnp.cos(quarter), jnp.sin(quarter)))
     np.testing.assert_allclose(turned[0, 0, 0], [-3.0, -4.0, 1.0, 2.0], atol=1e-6)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
+def test_turning_writes_no_halves_on_a_tpu(monkeypatch: pytest.MonkeyPatch):
+    """Compiled for v5e at the width of a 7B decoder, with the gradient: operands and results are all it needs."""
+    for name, value in TPU_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    here = jax.sharding.SingleDeviceSharding(targets.tpus("v5e:2x2")[0])
+    x = jax.ShapeDtypeStruct((2, 2048, 32, 128), jnp.bfloat16, sharding=here)
+    cosines = jax.ShapeDtypeStruct((2, 2048, 128), jnp.float32, sharding=here)
+
+    def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return rotate(x, Rotary(cos, sin))
+
+    def gradient(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: turn(x, cos, sin), x)[1](x)[0]
+
+    for program in (turn, gradient):
+        memory = jax.jit(program).lower(x, cosines, cosines).compile().memory_analysis()
+        assert memory.temp_size_in_bytes == 0
 
 
 def test_angles_are_float32_so_that_late_positions_stay_apart():

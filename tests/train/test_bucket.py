@@ -92,6 +92,16 @@ def test_a_save_that_is_cut_short_is_no_step(tmp_path: Path, reference: Path, ca
 
 
 @pytest.mark.nightly
+def test_a_bucket_may_hold_half_a_step_and_no_other(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
+    """Cleared away, it takes the folder of the steps with it."""
+    for number in range(20):
+        bucket.put(f"{UNDER}checkpoints/2/params/{number}", b"half", {})
+    result = finish(URL, EVERY, cache=cache, **bucket.environment)
+    assert result.returncode == 0, result.stderr
+    _assert_same_run(_copy(bucket, tmp_path / "copy"), reference)
+
+
+@pytest.mark.nightly
 def test_a_run_in_a_bucket_stops_when_asked(tmp_path: Path, reference: Path, cache: Path, bucket: Bucket):
     process = start(URL, EVERY, cache=cache, **bucket.environment)
     _wait_for(bucket, "checkpoints/2/commit_success.txt", process)

@@ -57,7 +57,7 @@ def test_a_disk_without_room_for_a_single_line_is_one_line(tmp_path: Path, refer
 @pytest.mark.nightly
 def test_an_interrupted_run_says_so(tmp_path: Path, cache: Path):
     """Ctrl-C saves nothing: the steps since the last save are repeated."""
-    process = start(tmp_path / "run", EVERY, cache=cache)
+    process = start(tmp_path / "run", EVERY, "data.steps=1000", cache=cache)
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGINT)
     assert wait(process).returncode == 130
