@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax import targets
 from llava_jax.data.generated import generate_data
 from llava_jax.data.rows import Needs
 from llava_jax.data.tokenizer import open_tokenizer
@@ -45,3 +47,14 @@ def needs(data: Path) -> Needs:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those in tests/train first: they take longest, and a last one would run while the other workers have nothing."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/train/"))
+
+
+@pytest.fixture
+def tpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A chip of v5e, as its compiler knows it."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install -e '.[plan]'")
+    # As the command line has it: no TPU is asked for, and another process may hold the library.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return targets.tpus("v5e:2x2")[0]

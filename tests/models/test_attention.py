@@ -1,6 +1,7 @@
 """Who sees whom: masks by hand, and attention that depends on nothing else."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,12 +158,9 @@ def test_position_zero_turns_nothing_and_a_quarter_turn_swaps_the_halves():
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
-def test_turning_writes_no_halves_on_a_tpu(monkeypatch: pytest.MonkeyPatch):
+def test_turning_writes_no_halves_on_a_tpu(tpu: Any):
     """Compiled for v5e at the width of a 7B decoder, with the gradient: operands and results are all it needs."""
-    for name, value in TPU_SETTINGS.items():
-        monkeypatch.setenv(name, value)
-    here = jax.sharding.SingleDeviceSharding(targets.tpus("v5e:2x2")[0])
+    here = jax.sharding.SingleDeviceSharding(tpu)
     x = jax.ShapeDtypeStruct((2, 2048, 32, 128), jnp.bfloat16, sharding=here)
     cosines = jax.ShapeDtypeStruct((2, 2048, 128), jnp.float32, sharding=here)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from llava_jax import targets
 from llava_jax.convert.arrays import place_all
@@ -43,7 +41,6 @@ LLAVA = dataclasses.replace(
 LORA = LoraConfig(rank=4, alpha=8.0)
 TOKENS = np.random.default_rng(0).integers(0, LLAVA.text.vocab_size, (2, 11))
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantized.json"
-TPU_SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # Of a 7B decoder's wide kernels.
 SHAPE = (4096, 11008)
 HERE = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -217,14 +214,10 @@ def test_a_product_in_bfloat16_sums_in_float32_and_rounds_once(scheme, tokens: i
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[plan]'")
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_a_product_of_decoding_on_a_tpu_writes_no_kernel(scheme, monkeypatch: pytest.MonkeyPatch):
+def test_a_product_of_decoding_on_a_tpu_writes_no_kernel(scheme, tpu: Any):
     """Compiled for v5e at the width of a 7B decoder: memory beside codes, scales and results is no kernel's size."""
-    for name, value in TPU_SETTINGS.items():
-        monkeypatch.setenv(name, value)
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    assert _workspace(scheme, device) < 0.1 * SHAPE[0] * SHAPE[1]
+    assert _workspace(scheme, tpu) < 0.1 * SHAPE[0] * SHAPE[1]
 
 
 @pytest.mark.nightly
