@@ -59,6 +59,8 @@ def estimates(text: str) -> list[tuple[str, str, float]]:
 
 
 def _compile(config_path: str, topology: str, overrides: tuple[str, ...]) -> str:
+    from jax.sharding import Mesh
+
     from llava_jax import targets
     from llava_jax.plan import MOST_RECORDS, NUM_STEPS, _devices, _job
     from llava_jax.train.config import load_config
@@ -66,6 +68,7 @@ def _compile(config_path: str, topology: str, overrides: tuple[str, ...]) -> str
     from llava_jax.train.step import abstract_tallies, jit_step
 
     job = _job(load_config(config_path, overrides), _devices(topology))
+    assert isinstance(job.layout.mesh, Mesh), "GPUs' compilers give no estimates; name TPUs"
     step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=MOST_RECORDS)
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     return targets.compile_absent(step, *job.layout.memory, job.batch | tallies, votes).as_text() or ""

@@ -23,7 +23,7 @@ PLANS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("llava15_pretrain_7b", "v5e:2x2", ("accumulation=32",)),
     ("llava15_finetune_7b", "v5e:8x8", ()),
     ("llava15_finetune_7b", "v5e:8x8", ("remat=linear",)),
-    ("llava15_finetune_7b", "v5e:8x8", ("remat=elementwise",)),
+    ("llava15_finetune_7b", "v5e:8x8", ("remat=elementwise", "accumulation=2")),
     ("llava15_finetune_7b", "v5e:4x4", ("accumulation=8",)),
     ("llava15_finetune_7b", "v6e:4x8", ()),
     ("llava15_finetune_7b", "v6e:2x4", ("accumulation=16",)),

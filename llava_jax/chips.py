@@ -11,17 +11,18 @@ GPU_SHARE = 0.95
 class Chip:
     """Peaks of one device as JAX counts devices: dense bfloat16 FLOP/s, bytes/s of memory, bytes/s that come in.
 
-    `link` is all links of a device together, one direction.
+    `link` is all links of a device together, one direction; `kept_bytes` of its memory no program is given.
     """
 
     hbm_bytes: int
     flops: float
     memory: float
     link: float
+    kept_bytes: int = 0
 
     @property
     def usable_bytes(self) -> int:
-        return self.hbm_bytes
+        return self.hbm_bytes - self.kept_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,14 @@ class Gpu(Chip):
 
 
 # cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x. A tpu7x chip is two devices, so its figures are halved. Where
-# the pages give two link speeds, it is the faster: a bound may be too low, never too high.
+# the pages give two link speeds, it is the faster: a bound may be too low, never too high. What is kept of the memory,
+# their compiler says when it refuses a program.
 TPUS = {
-    "v4": Chip(hbm_bytes=32 * GIB, flops=275e12, memory=1228e9, link=300e9),
-    "v5e": Chip(hbm_bytes=16 * GIB, flops=197e12, memory=819e9, link=200e9),
+    "v4": Chip(hbm_bytes=32 * GIB, kept_bytes=int(1.25 * GIB), flops=275e12, memory=1228e9, link=300e9),
+    "v5e": Chip(hbm_bytes=16 * GIB, kept_bytes=int(0.25 * GIB), flops=197e12, memory=819e9, link=200e9),
     "v5p": Chip(hbm_bytes=95 * GIB, flops=459e12, memory=2765e9, link=600e9),
-    "v6e": Chip(hbm_bytes=32 * GIB, flops=918e12, memory=1640e9, link=448e9),
-    "tpu7x": Chip(hbm_bytes=96 * GIB, flops=1153.5e12, memory=3690e9, link=600e9),
+    "v6e": Chip(hbm_bytes=32 * GIB, kept_bytes=int(0.75 * GIB), flops=918e12, memory=1640e9, link=448e9),
+    "tpu7x": Chip(hbm_bytes=96 * GIB, kept_bytes=int(1.25 * GIB), flops=1153.5e12, memory=3690e9, link=600e9),
 }
 AMPERE = {"capability": (8, 0), "cores": 108, "lanes": 64, "threads": 2048, "clock": 1.41, "shared_bytes": 164 * 1024}
 HOPPER = {"capability": (9, 0), "cores": 132, "lanes": 128, "threads": 2048, "clock": 1.98, "shared_bytes": 228 * 1024}
