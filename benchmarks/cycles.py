@@ -3,10 +3,12 @@
 python -m benchmarks.cycles --config configs/llava15_finetune_7b.py --topology v5e:8x8   # minutes of a CPU
 
 Needs `pip install -e '.[plan]'`. Kernels written in Pallas have no estimate, attention's among them, and no wait for
-links is in any: good for comparing two forms of a program, not for saying how long a step takes.
+links is in any; both branches of a condition are counted. Good for comparing two forms of a program, not for saying how
+long a step takes.
 """
 
 import argparse
+import math
 import os
 import re
 from collections import defaultdict
@@ -22,7 +24,8 @@ def main() -> None:
     parser.add_argument("--topology", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=v")
     chosen = parser.parse_args()
-    for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in (settings | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
     found = estimates(_compile(chosen.config, chosen.topology, tuple(chosen.set)))
     total = sum(cycles for _, _, cycles in found)
@@ -37,7 +40,11 @@ def main() -> None:
 
 
 def estimates(text: str) -> list[tuple[str, str, float]]:
-    """Kind, operation and cycles of every instruction with an estimate, the turns of loops around it counted."""
+    """Kind, operation and cycles of every instruction with an estimate, the turns of loops around it counted.
+
+    Raises:
+      ValueError: a loop does not say how often it turns.
+    """
     from llava_jax.collectives import _computations, _turns
 
     computations, entry = _computations(text)
@@ -48,6 +55,8 @@ def estimates(text: str) -> list[tuple[str, str, float]]:
             called = re.search(r"calls=%?([\w.\-]+)", line)
             if cycles is None:
                 continue
+            if math.isnan(turns):
+                raise ValueError(f"A loop around {line.strip()[:80]} does not say how often it turns.")
             inside = "\n".join([line, *(computations.get(called[1], []) if called else [])])
             kind = "products" if re.search(r" (?:convolution|dot)\(", inside) else "others"
             if re.search(r" copy\(", line):

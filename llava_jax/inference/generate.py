@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from llava_jax.compiler import compiler_options
@@ -301,10 +302,20 @@ def _advance(
         hidden, cache = model.decoder.extend(x, state.position[:, None], state.cache)
         token = sample(_logits(model, hidden[:, 0]), choose, state.count, is_greedy=is_greedy)
         is_done = state.is_done | _is_stop(token, stop_ids)
-        return n + 1, State(cache, token, state.position + 1, state.count + 1, is_done), new.at[:, n].set(token)
+        return (
+            n + 1,
+            State(_as_it_came(cache), token, state.position + 1, state.count + 1, is_done),
+            new.at[:, n].set(token),
+        )
 
     _, state, new = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state, new))
     return state, new
+
+
+def _as_it_came(cache: Cache) -> Cache:
+    """The cache in the layout of an argument: XLA's TPU compiler would choose another for a loop, and copy it twice."""
+    layers = jax.tree.map(lambda x: with_layout_constraint(x, Layout((0, 1, 2))), cache.layers)
+    return cache._replace(layers=layers)
 
 
 def sample(logits: Float[Array, "b v"], choose: _Choice, count: Int[Array, ""], *, is_greedy: bool) -> Int[Array, " b"]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
@@ -147,8 +146,7 @@ class Attention(nnx.Module):
             q, k, v = (heads_as_rows(x, num_kv_heads) for x in (q, k, v))
             new = (x[:, :, 0].astype(kept.dtype) for x, kept in zip((k, v), cache, strict=True))
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-            # As they come in, or XLA's TPU compiler would copy the whole cache before and after a loop over tokens.
-            cache = LayerCache(*(with_layout_constraint(x, Layout((0, 1, 2))) for x in map(write, cache, new)))
+            cache = LayerCache(*map(write, cache, new))
             mixed = attend(q, cache.k[:, :, None], cache.v[:, :, None], scope)
             mixed = mixed.reshape(b, num_kv_heads, t, -1).swapaxes(1, 2)
         return self.o_proj(mixed.reshape(b, t, -1)), cache

@@ -73,7 +73,10 @@ class Checkpoints:
         Orbax would do it while it lists the folder; one of a bucket is gone with its last file, and cannot be listed.
         """
         what = f"{self.steps_path} could not be cleared of steps that are half written"
-        with processes.first_before_others("unfinished"), named_errors(what, "Check its permissions."):
+        with (
+            processes.first_before_others("unfinished"),
+            named_errors(what, "Check its permissions, and that no other process writes there."),
+        ):
             if processes.is_first():
                 for unfinished in ocp.utils.tmp_checkpoints(self.steps_path):
                     unfinished.get().rmtree()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from llava_jax.errors import UserError
 from llava_jax.inference import generate as module
 from llava_jax.inference.generate import Answer, Sampling, generate, pad_prompts, restrict, sample, stream
 from llava_jax.inference.model import Model, Processor, Prompt
+from llava_jax.models.build import structure
 from llava_jax.models.llama import NOWHERE, empty_cache
 from llava_jax.models.parameters import bind
 from tests.models.oracle import error
-from tests.tiny import make_example
+from tests.tiny import LLAVA, make_example
 
 MINUS_INFINITY = -np.inf
 
@@ -388,3 +390,20 @@ def test_answers_of_any_length_and_streams_share_a_compilation(
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=9))
     list(stream(model, processor, prompts[0], Sampling(max_new_tokens=20)))
     assert module._programs("cpu").advance._cache_size() == compiled
+
+
+@pytest.mark.nightly
+def test_decoding_on_a_tpu_copies_no_cache(tpu: Any):
+    """Nor before and after its tokens: what it needs beside arguments and results is less than a layer's keys."""
+    text = dataclasses.replace(LLAVA.text, embed_dim=1024, hidden_dim=2048, num_heads=32, num_kv_heads=32, head_dim=128)
+    graphdef, params = structure(dataclasses.replace(LLAVA, text=text), stacked=False)
+    here, rows = jax.sharding.SingleDeviceSharding(tpu), jax.ShapeDtypeStruct((8,), jnp.int32)
+    cache = jax.eval_shape(lambda: empty_cache(text, batch=8, length=1152, dtype=jnp.bfloat16))
+    one, real = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    state = module.State(cache, rows, rows, one, jax.ShapeDtypeStruct((8,), jnp.bool))
+    choose = module._Choice(real, real, one, jax.ShapeDtypeStruct((8,), jnp.uint32))
+    params = {name: jax.ShapeDtypeStruct(value.shape, jnp.bfloat16) for name, value in params.items()}
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, state, choose, one))
+    advance = module._programs("tpu").advance
+    program = advance.lower(*placed, graphdef=graphdef, is_greedy=True, stop_ids=(2,)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < cache.layers[0].k.size * 2

@@ -149,9 +149,10 @@ def test_a_stop_of_one_while_all_start_ends_all(tmp_path: Path, index: int, seco
     running = start_several(tmp_path / "run", 2, EVERY, "data.steps=1000")
     time.sleep(seconds)
     running[index].send_signal(signal.SIGTERM)
-    for process in running:
-        result = wait(process, timeout=60)
+    results = [wait(process, timeout=60) for process in running]
+    for result in results:
         assert result.returncode == 75, result.stderr
+        assert ("before the first step" in result.stderr) != bool(saved_steps(tmp_path / "run"))
 
 
 @pytest.mark.nightly
