@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 
 from benchmarks.report import as_table
+from llava_jax.chips import TPUS
 
 LARGEST = 20
 
@@ -24,6 +25,12 @@ def main() -> None:
     parser.add_argument("--topology", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=v")
     chosen = parser.parse_args()
+    if chosen.topology.lower().partition(":")[0] not in TPUS:
+        known = ", ".join(TPUS)
+        parser.error(
+            f"--topology must be a slice of {known}, such as v5e:8x8; got {chosen.topology!r}. No other "
+            "compiler gives estimates."
+        )
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     for name, value in (settings | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
@@ -76,8 +83,8 @@ def _compile(config_path: str, topology: str, overrides: tuple[str, ...]) -> str
     from llava_jax.train.optim import make_optimizer
     from llava_jax.train.step import abstract_tallies, jit_step
 
-    job = _job(load_config(config_path, overrides), _devices(topology))
-    assert isinstance(job.layout.mesh, Mesh), "GPUs' compilers give no estimates; name TPUs"
+    job = _job(load_config(config_path, overrides), _devices(topology.lower()))
+    assert isinstance(job.layout.mesh, Mesh), "devices make one"
     step = jit_step(job.layout, make_optimizer(job.config.optim, NUM_STEPS), most_records=MOST_RECORDS)
     tallies, votes = abstract_tallies(job.layout.mesh, job.num_rows)
     return targets.compile_absent(step, *job.layout.memory, job.batch | tallies, votes).as_text() or ""
