@@ -17,9 +17,8 @@ from llava_jax.chips import GPUS, Gpu
 from llava_jax.errors import UserError
 from llava_jax.models.attention import Scope
 from llava_jax.train import cudnn
-from llava_jax.train.config import MeshConfig
 from llava_jax.train.environment import GPU_FLAGS
-from llava_jax.train.sharding import batch_sharding, make_mesh
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from llava_jax.train.step import make_attend
 
 # GPUs that NVLink joins in one host.

@@ -15,8 +15,8 @@ from llava_jax import targets
 from llava_jax.chips import GPUS, TPUS
 from llava_jax.errors import UserError
 from llava_jax.plan import _devices, as_text, plan, too_large
-from llava_jax.train.config import MeshConfig, TrainConfig, apply_override, load_config
-from llava_jax.train.sharding import make_mesh
+from llava_jax.train.config import TrainConfig, apply_override, load_config
+from llava_jax.train.sharding import MeshConfig, make_mesh
 from tests.train.runs import ROOT
 
 HAS_COMPILER = find_spec("libtpu") is not None

@@ -19,6 +19,7 @@ from llava_jax.models.lora import LoraConfig
 from llava_jax.models.quantized import Scheme
 from llava_jax.shapes import LlavaConfig, ModelConfig
 from llava_jax.train.objectives import Objective, contrastive, patch_contrastive
+from llava_jax.train.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,15 +84,6 @@ class OptimConfig:
         for name, (value, low, high) in bounds.items():
             if not low <= value < high:
                 raise ValueError(f"optim.{name} must be at least {low:g} and less than {high:g}; got {value}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each axis; -1 takes all that are left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from llava_jax.models.attention import Attend, Constrain
 from llava_jax.models.clip import Clip, unit
 from llava_jax.models.layers import Remat
 from llava_jax.models.llava import Llava
-from llava_jax.train.cross_entropy import cross_entropy
+from llava_jax.train.cross_entropy import CrossEntropy, cross_entropy
 
 
 class Context(NamedTuple):
@@ -20,6 +20,7 @@ class Context(NamedTuple):
     attend: Attend
     constrain: Constrain
     remat: Remat
+    cross_entropy: CrossEntropy = cross_entropy
 
 
 class Sums(NamedTuple):
@@ -55,7 +56,7 @@ def next_token(model: Llava, batch: Mapping[str, Array], context: Context) -> Su
         constrain=context.constrain,
         remat=context.remat,
     )
-    loss, correct = cross_entropy(hidden, model.decoder.head(), batch["targets"], batch["is_target"])
+    loss, correct = context.cross_entropy(hidden, model.decoder.head(), batch["targets"], batch["is_target"])
     counts = {"tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.float32), "correct": correct}
     return Sums(loss, batch["is_target"].sum(dtype=jnp.float32), counts)
 

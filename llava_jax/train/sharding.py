@@ -1,5 +1,6 @@
 """Which device holds what: the mesh, one table from parameter path to axes, and the layout of activations."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import Constrain
-from llava_jax.train.config import MeshConfig
 
 # A plan's devices may be counted without being there.
 AnyMesh = Mesh | AbstractMesh
@@ -45,6 +45,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(visual|text)_projection\.kernel", P("fsdp", "tensor")),
     (r"logit_scale|image_newline", P()),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

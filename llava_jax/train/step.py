@@ -21,6 +21,7 @@ from llava_jax.models.parameters import GraphDef, Parameters, bind
 from llava_jax.models.quantized import is_quantized
 from llava_jax.train import cudnn, processes
 from llava_jax.train.config import TrainConfig
+from llava_jax.train.cross_entropy import cross_entropy
 from llava_jax.train.objectives import Context, Objective, Sums
 from llava_jax.train.sharding import batch_sharding, make_constrain
 from llava_jax.train.splash import make_splash
@@ -81,8 +82,12 @@ def jit_step(layout: Layout, optimizer: optax.GradientTransformation, *, most_re
 
 def make_context(config: TrainConfig, mesh: Mesh, *, most_records: int) -> Context:
     """What an objective is given on these devices."""
-    attend = make_attend(mesh, most_records=most_records)
-    return Context(attend=attend, constrain=make_constrain(mesh), remat=REMAT[config.remat])
+    return Context(
+        attend=make_attend(mesh, most_records=most_records),
+        constrain=make_constrain(mesh),
+        remat=REMAT[config.remat],
+        cross_entropy=functools.partial(cross_entropy, mesh=mesh),
+    )
 
 
 def make_attend(mesh: Mesh, *, most_records: int) -> Attend:

@@ -293,8 +293,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.llava import place_features
 from llava_jax.models.parameters import bind
-from llava_jax.train.config import MeshConfig
-from llava_jax.train.sharding import batch_sharding, make_mesh
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from tests.models.test_llava import SMALL as LLAVA
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=4))

@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 from llava_jax import targets
 from llava_jax.models.attention import Scope, attend_xla
 from llava_jax.train import cudnn
-from llava_jax.train.config import MeshConfig
 from llava_jax.train.cudnn import find_runs, make_cudnn, why_not
-from llava_jax.train.sharding import batch_sharding, make_mesh
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from llava_jax.train.step import REMAT, make_attend
 
 fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")

@@ -12,11 +12,11 @@ from llava_jax.data.rows import Conversations
 from llava_jax.data.templates import V1
 from llava_jax.models.parameters import bind
 from llava_jax.shapes import LlavaConfig
-from llava_jax.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.flops import executed_flops, matmul_flops, model_flops, seconds_at_peak
 from llava_jax.train.objectives import next_token
 from llava_jax.train.optim import make_optimizer
-from llava_jax.train.sharding import make_mesh
+from llava_jax.train.sharding import MeshConfig, make_mesh
 from llava_jax.train.state import Layout
 from llava_jax.train.step import REMAT
 from tests.tiny import TEXT, VISION

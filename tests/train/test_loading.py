@@ -31,8 +31,7 @@ processes.join()
 from llava_jax.convert.arrays import place_all
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.tensor import Tensor
-from llava_jax.train.config import MeshConfig
-from llava_jax.train.sharding import make_mesh, parameter_shardings
+from llava_jax.train.sharding import MeshConfig, make_mesh, parameter_shardings
 
 spans = {}
 

@@ -15,10 +15,10 @@ from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import LoraConfig, dropout_keys, initial_factor, is_adapter
 from llava_jax.models.parameters import part, stack_layers
 from llava_jax.models.quantized import dequantize, quantize
-from llava_jax.train.config import MeshConfig, OptimConfig, load_config
+from llava_jax.train.config import OptimConfig, load_config
 from llava_jax.train.metrics import read_metrics
 from llava_jax.train.optim import make_optimizer
-from llava_jax.train.sharding import make_mesh, partition
+from llava_jax.train.sharding import MeshConfig, make_mesh, partition
 from llava_jax.train.state import Layout
 from tests.tiny import LLAVA
 from tests.train.runs import (

@@ -13,8 +13,7 @@ import pytest
 
 from llava_jax.errors import UserError
 from llava_jax.train import processes
-from llava_jax.train.config import MeshConfig
-from llava_jax.train.sharding import make_mesh, process_places
+from llava_jax.train.sharding import MeshConfig, make_mesh, process_places
 from tests.train.runs import EVERY, STEPS, finish, saved_steps, start_several, story, wait, wait_for_step
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

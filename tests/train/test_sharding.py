@@ -20,9 +20,9 @@ from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import count, stack_layers
 from llava_jax.shapes import CaptionConfig, ClipConfig
 from llava_jax.sizes import CLIP_L_336, LLAVA_15_7B, LLAVA_15_13B
-from llava_jax.train.config import MeshConfig, OptimConfig
+from llava_jax.train.config import OptimConfig
 from llava_jax.train.optim import make_optimizer
-from llava_jax.train.sharding import RULES, like_parameters, make_mesh, parameter_shardings, partition
+from llava_jax.train.sharding import RULES, MeshConfig, like_parameters, make_mesh, parameter_shardings, partition
 from tests.tiny import CLIP, LLAVA
 from tests.train.runs import ROOT
 
@@ -183,14 +183,17 @@ from llava_jax.data.templates import V1
 from llava_jax.data.rows import Conversations
 from llava_jax.models.build import random_parameters
 from llava_jax.models.parameters import stack_layers
-from llava_jax.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from llava_jax.train import cross_entropy
+from llava_jax.train.config import DataConfig, OptimConfig, TrainConfig
 from llava_jax.train.objectives import next_token
-from llava_jax.train.sharding import batch_sharding, make_mesh
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from llava_jax.train.state import Layout
 from llava_jax.train.step import abstract_tallies, jit_step
 from tests.tiny import LLAVA
 
 assert len(jax.devices()) == 8
+# A row's logits in four chunks.
+cross_entropy.LEAST_CHUNK = 8
 MODEL = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, num_layers=2))
 rng = np.random.default_rng(0)
 B, T, I, N = 8, 48, 2, MODEL.num_features
@@ -308,3 +311,51 @@ def test_eight_devices_compute_what_one_does(meshes: list[tuple[int, ...]]):
     for name, (loss, gradient) in differences.items():
         assert loss < 1e-6, name
         assert gradient < 1e-5, name
+
+
+HEAD_SCRIPT = """
+import functools, json
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from llava_jax.collectives import read_collectives
+from llava_jax.train.cross_entropy import chunk_length, cross_entropy
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
+
+B, T, D, V = 8, 1024, 32, 320
+mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+assert T // chunk_length(T) == 4
+rows = batch_sharding(mesh)
+head = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tensor")))
+hidden = jax.ShapeDtypeStruct((B, T, D), jnp.float32, sharding=rows)
+targets = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
+is_target = jax.ShapeDtypeStruct((B, T), jnp.bool, sharding=rows)
+loss = functools.partial(cross_entropy, mesh=mesh)
+step = jax.jit(
+    jax.grad(loss, (0, 1), has_aux=True), out_shardings=((rows, head.sharding), NamedSharding(mesh, P()))
+)
+text = step.lower(hidden, head, targets, is_target).compile().as_text()
+large = [c for c in read_collectives(text, dict(mesh.shape)) if c.num_bytes > 4 * D * V // 8]
+print(json.dumps([[c.kind, *c.axes, c.count, c.num_bytes / (4 * D * V)] for c in large]))
+"""
+
+
+def test_a_head_is_gathered_and_its_gradient_added_up_once():
+    """A row's logits come in four chunks; left to the compiler, each would do both."""
+    result = subprocess.run(
+        [sys.executable, "-c", HEAD_SCRIPT],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(json.loads(result.stdout)) == [
+        ["all-gather", "fsdp", 1, 1.0],
+        ["all-reduce", "data", 1, 0.25],
+        ["reduce-scatter", "fsdp", 1, 1.0],
+    ]

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax.models.attention import Attend, Scope, attend_xla
-from llava_jax.train.config import MeshConfig
-from llava_jax.train.sharding import make_mesh
+from llava_jax.train.sharding import MeshConfig, make_mesh
 from llava_jax.train.splash import make_splash
 from llava_jax.train.step import make_attend
 from tests.train.runs import ROOT
@@ -83,8 +82,7 @@ SCRIPT = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from llava_jax.models.attention import Scope
-from llava_jax.train.config import MeshConfig
-from llava_jax.train.sharding import batch_sharding, make_mesh
+from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from llava_jax.train.step import make_attend
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
