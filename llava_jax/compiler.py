@@ -1,24 +1,46 @@
-"""Options of XLA that suit a platform."""
+"""Options of XLA that suit a device."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 # XLA's own products and sums on CPUs, not YNNPACK's: they are faster for the few rows of a step of decoding and for the
 # many of a step of training (docs/performance.md), and YNNPACK's largest of values with a NaN may be a number.
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Weights are gathered while products that do not need them are computed. XLA does so by itself on v5e, but not on
+# v4, v5p and v6e, whose devices would compute nothing meanwhile (docs/performance.md).
+GATHERS_ASIDE = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+OPTIONS = {"cpu": WITHOUT_YNNPACK, "tpu": GATHERS_ASIDE}
 
 
 @functools.cache
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """What to give to `jax.jit` for programs that compute much; None is what XLA does by itself."""
-    return WITHOUT_YNNPACK if platform == "cpu" and _is_known(WITHOUT_YNNPACK) else None
+def compiler_options(device: Any) -> dict[str, str] | None:
+    """What to give to `jax.jit` for programs that compute much; None is what XLA does by itself.
+
+    `device` is one of those that the program is compiled for, here or not.
+    """
+    options = OPTIONS.get(device.platform)
+    return options if options and _are_known(options, device) else None
 
 
-def _is_known(options: dict[str, str]) -> bool:
-    """Whether this version of XLA has the options."""
+def _are_known(options: dict[str, str], device: Any) -> bool:
+    """Whether this version of the device's compiler has the options."""
+    # A process compiles for its own devices, not for another's.
+    place = None if device.platform == jax.default_backend() else SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
+        jax.jit(lambda x: x, compiler_options=options).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        # Anything else may be one process's trouble, and all must compile the same program.
+        if "No such compile option" not in str(error):
+            raise
         return False
     return True

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def _decode(
     stop_ids = (processor.tokenizer.eos_id,)
     static = {"graphdef": model.graphdef, "is_greedy": sampling.temperature == 0.0, "stop_ids": stop_ids}
     length = -(-(inputs.tokens.shape[1] + sampling.max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
-    prefill, advance = _programs(jax.default_backend())
+    prefill, advance = _programs(jax.local_devices()[0])
     state = prefill(model.params, inputs, choose, cache_length=length, **static)
     texts: list[list[int]] = [[] for _ in prompts]
     rows_done = np.zeros(len(prompts), bool)
@@ -241,9 +241,9 @@ class _Programs(NamedTuple):
 
 
 @functools.cache
-def _programs(platform: str) -> _Programs:
-    """`_prefill` and `_advance`, to be compiled as suits the platform."""
-    compiled = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+def _programs(device: Any) -> _Programs:
+    """`_prefill` and `_advance`, to be compiled as suits the device."""
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options(device))
     return _Programs(
         compiled(_prefill, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids")),
         compiled(_advance, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)),

@@ -14,7 +14,7 @@ from llava_jax.train.sharding import BATCH_AXES, num_batch_shards
 
 # A row's logits exist a quarter of its slots at a time, but not fewer than these; the whole [b t v] never does.
 LEAST_CHUNK = 128
-# `cross_entropy` on a mesh.
+# `cross_entropy`, its mesh bound.
 CrossEntropy = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 
 
@@ -95,12 +95,16 @@ def _everywhere(
 ) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
     """Loss and right answers, and the loss's derivatives by what asks for one; summed over all devices' rows."""
     walk = functools.partial(_walk, for_hidden=for_hidden, for_head=for_head)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=0, tiled=True)
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        # Said of `tensor`, too: else the compiler gathers the derivative along it first.
+        whole = P(None, "tensor")
+        scatter = jax.shard_map(scatter, in_specs=whole, out_specs=whole, axis_names={"tensor"}, check_vma=False)
 
     def own(*arrays: Array) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
         totals, (by_hidden, by_head) = walk(*arrays)
         if by_head is not None:
-            by_head = jax.lax.psum_scatter(by_head, "fsdp", scatter_dimension=0, tiled=True)
-            by_head = jax.lax.psum(by_head, "data")
+            by_head = jax.lax.psum(scatter(by_head), "data")
         return jax.lax.psum(totals, BATCH_AXES), (by_hidden, by_head)
 
     rows = P(None, BATCH_AXES)

@@ -75,7 +75,7 @@ class HeldOut:
             found = config.objective(model, batch, context)
             return found.loss, found.weight, votes.sum()
 
-        self._sums = jax.jit(sums, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+        self._sums = jax.jit(sums, compiler_options=compiler_options(mesh.devices.flat[0]))
 
     def loss(self, trainable: Parameters, frozen: Parameters, stop: Stop, *, beat: Callable[[], None]) -> float | None:
         """The sum of losses over the sum of weights, over all records; None if the run is asked to stop meanwhile."""

@@ -76,7 +76,7 @@ def jit_step(layout: Layout, optimizer: optax.GradientTransformation, *, most_re
         tallied(step),
         donate_argnums=(0, 2),
         out_shardings=(*shardings, NamedSharding(mesh, P())),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh.devices.flat[0]),
     )
 
 

@@ -386,10 +386,10 @@ def test_answers_of_any_length_and_streams_share_a_compilation(
     model: Model, processor: Processor, prompts: list[Prompt]
 ):
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=24))
-    compiled = module._programs("cpu").advance._cache_size()
+    compiled = module._programs(jax.devices()[0]).advance._cache_size()
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=9))
     list(stream(model, processor, prompts[0], Sampling(max_new_tokens=20)))
-    assert module._programs("cpu").advance._cache_size() == compiled
+    assert module._programs(jax.devices()[0]).advance._cache_size() == compiled
 
 
 @pytest.mark.nightly
@@ -404,6 +404,6 @@ def test_decoding_on_a_tpu_copies_no_cache(tpu: Any):
     choose = module._Choice(real, real, one, jax.ShapeDtypeStruct((8,), jnp.uint32))
     params = {name: jax.ShapeDtypeStruct(value.shape, jnp.bfloat16) for name, value in params.items()}
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, state, choose, one))
-    advance = module._programs("tpu").advance
+    advance = module._programs(tpu).advance
     program = advance.lower(*placed, graphdef=graphdef, is_greedy=True, stop_ids=(2,)).compile()
     assert program.memory_analysis().temp_size_in_bytes < cache.layers[0].k.size * 2

@@ -177,7 +177,8 @@ def test_a_step_of_decoding_copies_no_cache(decoder: Any, batch: int):
     cache = empty_cache(TEXT, batch=batch, length=length, dtype=jnp.float32)
     # As users' programs are compiled, which these tests' are not.
     emitters = "xla_cpu_use_fusion_emitters"
-    options = (compiler_options("cpu") or {}) | ({emitters: True} if emitters in os.environ["XLA_FLAGS"] else {})
+    options = compiler_options(jax.devices()[0]) or {}
+    options |= {emitters: True} if emitters in os.environ["XLA_FLAGS"] else {}
     program = jax.jit(decode, donate_argnames="cache", compiler_options=options)
     text = program.lower(jnp.zeros((batch, 1, TEXT.embed_dim)), cache).compile().as_text()
     shapes = re.findall(r"= f32\[([0-9,]+)\]\S* (?:copy|transpose|concatenate)\(", text)

@@ -8,13 +8,18 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
+from llava_jax import targets
+from llava_jax.compiler import compiler_options
 from llava_jax.models.build import structure
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import count, stack_layers
@@ -22,7 +27,16 @@ from llava_jax.shapes import CaptionConfig, ClipConfig
 from llava_jax.sizes import CLIP_L_336, LLAVA_15_7B, LLAVA_15_13B
 from llava_jax.train.config import OptimConfig
 from llava_jax.train.optim import make_optimizer
-from llava_jax.train.sharding import RULES, MeshConfig, like_parameters, make_mesh, parameter_shardings, partition
+from llava_jax.train.sharding import (
+    RULES,
+    MeshConfig,
+    batch_sharding,
+    like_parameters,
+    make_constrain,
+    make_mesh,
+    parameter_shardings,
+    partition,
+)
 from tests.tiny import CLIP, LLAVA
 from tests.train.runs import ROOT
 
@@ -314,7 +328,7 @@ def test_eight_devices_compute_what_one_does(meshes: list[tuple[int, ...]]):
 
 
 HEAD_SCRIPT = """
-import functools, json
+import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from llava_jax.collectives import read_collectives
@@ -322,7 +336,8 @@ from llava_jax.train.cross_entropy import chunk_length, cross_entropy
 from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 
 B, T, D, V = 8, 1024, 32, 320
-mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+data, fsdp, tensor = json.loads(sys.argv[1])
+mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 assert T // chunk_length(T) == 4
 rows = batch_sharding(mesh)
 head = jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tensor")))
@@ -334,15 +349,19 @@ step = jax.jit(
     jax.grad(loss, (0, 1), has_aux=True), out_shardings=((rows, head.sharding), NamedSharding(mesh, P()))
 )
 text = step.lower(hidden, head, targets, is_target).compile().as_text()
-large = [c for c in read_collectives(text, dict(mesh.shape)) if c.num_bytes > 4 * D * V // 8]
+found = read_collectives(text, dict(mesh.shape))
+assert not any("tensor" in c.axes and c.num_bytes == c.count * 4 * D * V for c in found), found
+large = [c for c in found if "tensor" not in c.axes and c.num_bytes > 4 * D * V // 16]
 print(json.dumps([[c.kind, *c.axes, c.count, c.num_bytes / (4 * D * V)] for c in large]))
 """
 
 
-def test_a_head_is_gathered_and_its_gradient_added_up_once():
-    """A row's logits come in four chunks; left to the compiler, each would do both."""
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_head_is_gathered_and_its_gradient_added_up_once(mesh: tuple[int, int, int]):
+    """A row's logits come in four chunks; left to the compiler, each would do both. `tensor` cuts the vocabulary."""
+    _, fsdp, tensor = mesh
     result = subprocess.run(
-        [sys.executable, "-c", HEAD_SCRIPT],
+        [sys.executable, "-c", HEAD_SCRIPT, json.dumps(mesh)],
         cwd=ROOT,
         env=os.environ
         | {
@@ -355,7 +374,32 @@ def test_a_head_is_gathered_and_its_gradient_added_up_once():
     )
     assert result.returncode == 0, result.stderr
     assert sorted(json.loads(result.stdout)) == [
-        ["all-gather", "fsdp", 1, 1.0],
-        ["all-reduce", "data", 1, 0.25],
-        ["reduce-scatter", "fsdp", 1, 1.0],
+        ["all-gather", "fsdp", 1, 1 / tensor],
+        ["all-reduce", "data", 1, 1 / fsdp / tensor],
+        ["reduce-scatter", "fsdp", 1, 1 / tensor],
     ]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("topology", "data"), [("v4:4x4x4", 2), ("v5p:4x4x4", 2), ("v5e:8x8", 1), ("v6e:8x8", 1)])
+def test_weights_are_gathered_beside_products_on_a_tpu(topology: str, data: int, tpu: Any):
+    """With the options that a step has; of themselves not all compilers do so."""
+    del tpu
+    mesh = make_mesh(MeshConfig(data=data), targets.tpus(topology))
+    up, down = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((4, 4096, 11008), P(None, "fsdp")), ((4, 11008, 4096), P(None, None, "fsdp")))
+    )
+    x = jax.ShapeDtypeStruct((mesh.size, 2048, 4096), jnp.bfloat16, sharding=batch_sharding(mesh))
+
+    def layers(x: Array, up: Array, down: Array) -> Array:
+        def layer(x: Array, kernels: tuple[Array, Array]) -> tuple[Array, None]:
+            return make_constrain(mesh)(x + jax.nn.silu(x @ kernels[0]) @ kernels[1]), None
+
+        return jax.lax.scan(layer, x, (up, down))[0]
+
+    options = compiler_options(mesh.devices.flat[0])
+    text = jax.jit(layers, compiler_options=options).lower(x, up, down).compile().as_text()
+    beside = re.findall(r"^%async_collective_fusion[^{]*\{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    assert any(" all-gather(" in fusion for fusion in beside)
+    assert " all-reduce(" not in text
