@@ -12,13 +12,13 @@ from jax.sharding import SingleDeviceSharding
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # Weights are gathered while products that do not need them are computed. XLA does so by itself on v5e, but not on
 # v4, v5p and v6e, whose devices would compute nothing meanwhile (docs/performance.md).
-GATHERS_ASIDE = {
+ASYNC_GATHERS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-OPTIONS = {"cpu": WITHOUT_YNNPACK, "tpu": GATHERS_ASIDE}
+OPTIONS = {"cpu": WITHOUT_YNNPACK, "tpu": ASYNC_GATHERS}
 
 
 @functools.cache
