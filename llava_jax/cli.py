@@ -51,11 +51,7 @@ def _exit_code(arguments: argparse.Namespace) -> int:
         return exit_code(error)
     except Exception as error:
         # Configs check themselves with plain ValueErrors; anything else is a defect and keeps its trace.
-        if (
-            isinstance(error, ValueError)
-            and getattr(arguments, "config", None)
-            and not os.environ.get("LLAVA_JAX_TRACE")
-        ):
+        if isinstance(error, ValueError) and getattr(arguments, "config", None):
             print(f"llava-jax: {error}", file=sys.stderr)
             return exit_code(error)
         traceback.print_exc()

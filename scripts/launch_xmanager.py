@@ -6,7 +6,7 @@ r"""Trains through XManager (https://github.com/google-deepmind/xmanager, `pip i
 Each value of a swept field is a work unit with a workdir of its own, `WORKDIR/optim.learning_rate=1e-3`; several
 swept fields give all their combinations, one after the other with `--executor=local`. `--executor=vertex` and
 `--executor=kubernetes` run `--image` (see scripts/Dockerfile) on `--resource=a100=8` or what else that executor of
-XManager knows; `--dry_run` prints the work units and starts nothing. Every work unit is one machine and runs
+XManager knows; `--dry-run` prints the work units and starts nothing. Every work unit is one machine and runs
 scripts/launch_host.py, which runs again after exit code 75. TPU pods: launch_gke.py, launch_tpu_vm.py.
 """
 
@@ -28,7 +28,9 @@ _SWEEP = flags.DEFINE_multi_string("sweep", [], "a.b=value, one work unit for ea
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "vertex", "kubernetes"], "Where to run.")
 _IMAGE = flags.DEFINE_string("image", None, "Container image, for vertex and kubernetes.")
 _RESOURCE = flags.DEFINE_multi_string("resource", [], "name=amount in XManager's words, such as a100=8 or ram=1e11.")
-_DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print what would run.")
+# As the other launchers spell it; absl's own spelling has underscores, and it translates neither into the other.
+_DRY_RUN = flags.DEFINE_boolean("dry-run", False, "Print what would run.")
+flags.DEFINE_alias("dry_run", "dry-run")
 
 
 def work_units(config: str, workdir: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[list[str]]:

@@ -122,6 +122,12 @@ def test_no_annotation_is_a_string_by_decree():
         assert "__future__.annotations" not in {name for _, name in _imports(path)}, path
 
 
+def test_no_environment_variable_is_a_setting_of_ours():
+    """`LLAVA_JAX_HEAP` is none: the process marks with it that it was started again, see heap.py."""
+    for path in MODULES:
+        assert set(re.findall(r"LLAVA_JAX_\w+", path.read_text())) <= {"LLAVA_JAX_HEAP"}, path
+
+
 def test_every_public_name_is_where_the_package_says():
     import llava_jax
 

@@ -25,13 +25,15 @@ from llava_jax.convert.config_json import (
 from llava_jax.convert.delta import apply_delta, fingerprint
 from llava_jax.convert.fields import Fields, read_json, read_object
 from llava_jax.convert.layouts import from_huggingface
-from llava_jax.convert.preprocessing import image_mode_of_huggingface, image_mode_of_original
+from llava_jax.convert.preprocessing import check_preprocessor, image_mode_of_huggingface, image_mode_of_original
+from llava_jax.convert.provenance import PROVENANCE, read_provenance
 from llava_jax.convert.tensor import Tensor, in_memory
-from llava_jax.convert.vocabulary import EMBEDDING, grow_vocabulary
+from llava_jax.convert.vocabulary import EMBEDDING, added_tokens, grow_vocabulary
 from llava_jax.convert.weights import has_weights, locate, open_file, open_weights
-from llava_jax.data.images import ImageMode
+from llava_jax.data.images import ImageMode, check_mode
+from llava_jax.data.templates import find_template
 from llava_jax.data.tokenizer import FILES
-from llava_jax.errors import CheckpointError
+from llava_jax.errors import CheckpointError, UserError
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.parameters import part
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig, TextConfig, VisionConfig
@@ -39,7 +41,6 @@ from llava_jax.sizes import CLIP_L_336
 
 TOKENIZER = "tokenizer"
 PROJECTOR = "mm_projector.bin"
-PROVENANCE = "provenance.json"
 # The source's own config in a model folder: ids of special tokens and the like, which our card has no use for.
 SOURCE_CONFIG = "source_config.json"
 # What a tokenizer is, in the folders of others.
@@ -61,9 +62,10 @@ class Checkpoint:
     """A model on disk.
 
     `model` is a part's shape where the checkpoint holds no more (a decoder, a tower); `image_mode` and `template`
-    are None where it does not say, `mm_use_im_start_end` is as in `ModelCard`; `config` is its own config.json;
-    `has_tower` is false where the tower was taken from another folder; `notes` say what was done to read it;
-    `run` is what a training workdir says besides its model.
+    are None where it does not say, `mm_use_im_start_end` is as in `ModelCard`; `added_tokens` belong into its
+    tokenizer, which may be the base's and lack them; `config` is its own config.json; `has_tower` is false where the
+    tower was taken from another folder; `notes` say what was done to read it; `run` is what a training workdir says
+    besides its model.
     """
 
     model: ModelConfig | TextConfig | VisionConfig
@@ -75,6 +77,7 @@ class Checkpoint:
     label: str = ""
     tokens: SpecialTokens = SpecialTokens()
     tokenizer: Path | None = None
+    added_tokens: tuple[str, ...] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: tuple[Path, ...] = ()
     has_tower: bool = True
@@ -109,8 +112,19 @@ def open_checkpoint(
     instead of the one that the original's config names.
 
     Raises:
-      CheckpointError: it is none of these, or not every tensor and every field could be accounted for.
+      CheckpointError: it is none of these, not every tensor and every field could be accounted for, or the model cannot
+        look at pictures in the way that is stated.
     """
+    found = _open(source, base, tower, step)
+    if isinstance(found.model, LlavaConfig) and found.image_mode is not None:
+        try:
+            check_mode(found.image_mode, found.model)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+    return found
+
+
+def _open(source: str, base: str | None, tower: str | None, step: int | None) -> Checkpoint:
     folder = locate(source)
     if step is not None and not _is_workdir(folder):
         raise CheckpointError(f"--step is for training workdirs; {source!r} is none. Leave it out.")
@@ -146,10 +160,12 @@ def open_checkpoint(
         case "tower":
             model = read_vision(fields)
             fields.done()
+            check_preprocessor(folder, model)
             values["layout"] = "a CLIP vision tower"
         case "clip":
             model = read_clip(fields)
             fields.done()
+            check_preprocessor(folder, model.vision)
             values |= {"layout": "CLIP", "image_mode": "square"}
         case "huggingface":
             model = read_huggingface(fields)
@@ -158,8 +174,9 @@ def open_checkpoint(
             values["layout"] = f"Hugging Face {fields.values.get('model_type', 'llava')}"
         case "original":
             values["image_mode"] = image_mode_of_original(fields)
-            values["template"] = template_of_original(fields)
+            values["template"] = _named_template(folder, template_of_original(fields))
             values["mm_use_im_start_end"] = fields.values.get("mm_use_im_start_end") is True
+            values["added_tokens"] = added_tokens(fields)
             values["layout"] = "LLaVA's own"
             if base is not None:
                 below = _open_base(base)
@@ -232,8 +249,14 @@ def _open_adapter(folder: Path, base: str | None, tower: str | None) -> Checkpoi
         params = adapter.merge(below.params, found)
         notes = [*below.notes, *notes]
         params = settle(below.model, params, str(folder), notes)
-        files = (*found.files, *below.files)
-        return dataclasses.replace(below, params=params, layout="a LoRA adapter", files=files, notes=tuple(notes))
+        return dataclasses.replace(
+            below,
+            params=params,
+            layout="a LoRA adapter",
+            template=_named_template(folder, below.template),
+            files=(*found.files, *below.files),
+            notes=tuple(notes),
+        )
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     find_family(fields)
     checkpoint = _on_base(folder, fields, below, found.whole, found.files, tower, notes, "a LLaVA LoRA adapter")
@@ -251,7 +274,7 @@ def _on_base(
     layout: str,
 ) -> Checkpoint:
     """A LLaVA of a base's parameters and those `found`, which come first."""
-    mode, template = image_mode_of_original(fields), template_of_original(fields)
+    mode, template = image_mode_of_original(fields), _named_template(folder, template_of_original(fields))
     size = fields.take("vocab_size", int, 32_000)
     params = grow_vocabulary(_whole_rows(below.params, found, size), size)
     model, params, more = _with_tower(folder, fields, params, tower, notes)
@@ -266,6 +289,7 @@ def _on_base(
         mm_use_im_start_end=fields.values.get("mm_use_im_start_end") is True,
         tokens=special_tokens(fields),
         tokenizer=find_tokenizer(folder) or below.tokenizer,
+        added_tokens=added_tokens(fields),
         config=fields.values,
         files=(*files, *below.files, *more),
         notes=tuple(notes),
@@ -346,10 +370,19 @@ def find_tokenizer(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES[:2]) else None
 
 
+def _named_template(folder: Path, guess: str | None) -> str | None:
+    """The template that our own export names, null if none was known; the guess elsewhere."""
+    written = read_provenance(folder)
+    name = written.take("template", str, None) if "template" in written.values else guess
+    try:
+        return None if name is None else find_template(name).name
+    except UserError as error:
+        raise CheckpointError(f"{written.where}: {error}") from error
+
+
 def _check_fingerprint(folder: Path, base: Mapping[str, Tensor], name: str) -> None:
     """Refuses another base than the one that our own delta was made from."""
-    path = folder / PROVENANCE
-    wanted = read_object(path).get("base_fingerprint") if path.is_file() else None
+    wanted = read_provenance(folder).values.get("base_fingerprint")
     if wanted is not None and wanted != fingerprint(base):
         raise CheckpointError(
             f"--base {name} is not the base of {folder}: its norms have another sha256 than {PROVENANCE} says."

@@ -49,6 +49,7 @@ def convert(
                 checkpoint.params,
                 tokenizer=tokenizer,
                 source=source,
+                added_tokens=checkpoint.added_tokens,
                 config=checkpoint.config,
                 record=record,
             )

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.convert.chat_template import chat_template_json
+from llava_jax.convert.chat_template import chat_template_json, find_chat_template, template_of_original
 from llava_jax.convert.checkpoint import Checkpoint, Run, check_same_decoder
 from llava_jax.convert.config_json import KNOWN_TOWERS, SpecialTokens, text_fields, token_fields, vision_fields
 from llava_jax.convert.delta import fingerprint, make_delta
-from llava_jax.convert.fields import read_object
+from llava_jax.convert.fields import Fields, read_object
 from llava_jax.convert.folder import copy_tokenizer, staged, write_weights
 from llava_jax.convert.layouts import to_layout
 from llava_jax.convert.lora_folder import Names, write_adapter
@@ -27,9 +27,11 @@ from llava_jax.convert.provenance import write_provenance
 from llava_jax.convert.tensor import Tensor
 from llava_jax.convert.vocabulary import EMBEDDING, HEAD, grow_vocabulary
 from llava_jax.data.anyres import AnyRes
+from llava_jax.data.conversation import IM_PATCH
+from llava_jax.data.tokenizer import ADDED, CONFIG, JSON, Tokenizer, open_tokenizer
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import part
-from llava_jax.shapes import LlavaConfig
+from llava_jax.shapes import LinearScaling, LlavaConfig
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 # transformers' converters pad the vocabulary to it, for tensor cores.
@@ -98,14 +100,24 @@ def write_huggingface(folder: str, checkpoint: Checkpoint, *, source: str) -> tu
         )
         _write_json(new / PREPROCESSOR, preprocessor_fields(mode, model.vision))
         _write_json(new / PROCESSOR, processor_fields(model, mode))
-        template = chat_template_json(checkpoint.template, is_framed=checkpoint.mm_use_im_start_end)
         if checkpoint.tokenizer is not None:
-            copy_tokenizer(str(checkpoint.tokenizer), new)
+            copy_tokenizer(str(checkpoint.tokenizer), new, checkpoint.added_tokens)
             _add_tokens(new, added)
-        if template is not None and not any(new.glob("chat_template.*")):
-            (new / "chat_template.json").write_text(template)
+        _write_chat_template(new, checkpoint)
         _describe(new, checkpoint, source, notes)
     return notes
+
+
+def _write_chat_template(folder: Path, checkpoint: Checkpoint) -> None:
+    """The template's own, unless one that says the same came with the tokenizer."""
+    template, is_framed = checkpoint.template, checkpoint.mm_use_im_start_end
+    if template is None or find_chat_template(folder) == (template, is_framed):
+        return
+    for stale in folder.glob("chat_template.*"):
+        stale.unlink()
+    text = chat_template_json(template, is_framed=is_framed)
+    if text is not None:
+        (folder / "chat_template.json").write_text(text)
 
 
 def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple[str, ...]:
@@ -118,7 +130,9 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
     name = checkpoint.config.get("mm_vision_tower")
     is_named = isinstance(name, str)
     config = _original_config(checkpoint, model, tower=name if is_named else str(Path(folder).absolute() / TOWER))
-    notes = () if is_named else (f"mm_vision_tower names {TOWER}/ of this folder by its whole path",)
+    notes = _template_note(checkpoint, template_of_original(Fields(config, folder)))
+    if not is_named:
+        notes += (f"mm_vision_tower names {TOWER}/ of this folder by its whole path",)
     with staged(folder) as new:
         write_weights(new, tensors)
         _write_json(new / "config.json", config)
@@ -126,7 +140,7 @@ def write_original(folder: str, checkpoint: Checkpoint, *, source: str) -> tuple
         if not is_named:
             _write_tower(new / TOWER, checkpoint, model)
         if checkpoint.tokenizer is not None:
-            copy_tokenizer(str(checkpoint.tokenizer), new)
+            copy_tokenizer(str(checkpoint.tokenizer), new, checkpoint.added_tokens)
         _describe(new, checkpoint, source, notes)
     return notes
 
@@ -140,13 +154,15 @@ def write_delta(folder: str, checkpoint: Checkpoint, base: Checkpoint, *, source
     name = checkpoint.config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise CheckpointError("A delta is written from a checkpoint of the original's layout. Use --to original first.")
+    config = _original_config(checkpoint, model, tower=name)
     notes = (f"less the decoder of {base.files[0].parent}",) if base.files else ()
+    notes += _template_note(checkpoint, template_of_original(Fields(config, folder)))
     with staged(folder) as new:
         write_weights(new, tensors)
-        _write_json(new / "config.json", _original_config(checkpoint, model, tower=name))
+        _write_json(new / "config.json", config)
         _write_json(new / GENERATION, _generation(_special_tokens(checkpoint)))
         if checkpoint.tokenizer is not None:
-            copy_tokenizer(str(checkpoint.tokenizer), new)
+            copy_tokenizer(str(checkpoint.tokenizer), new, checkpoint.added_tokens)
         _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
     return notes
 
@@ -166,7 +182,7 @@ def write_lora(
             f"PEFT puts these adapters on a LLaVA of transformers; --base {base_name} is {base.layout}. Use --to lora."
         )
     has_tower = any(part(name) == "tower" for name in trained)
-    begun = str(run.init.get("tower"))
+    begun, guess = str(run.init.get("tower")), base.template
     notes: tuple[str, ...] = (f"{len(trained)} trained arrays at step {run.step}, for the base {base_name}",)
     with staged(folder) as new:
         assert run.lora is not None, "an adapted run has them"
@@ -178,8 +194,10 @@ def write_lora(
                 notes += (f"mm_vision_tower names {TOWER}/ of this folder by its whole path",)
                 _write_tower(new / TOWER, checkpoint, model)
             config = _original_config(checkpoint, model, tower=tower)
+            guess = template_of_original(Fields(config, folder))
             # Else PEFT finds the tower's layers where it looks for the decoder's.
             _write_json(new / "config.json", config | {"unfreeze_mm_vision_tower": has_tower})
+        notes += _template_note(checkpoint, guess)
         _describe(new, checkpoint, source, notes, base_fingerprint=fingerprint(base.params))
     return notes
 
@@ -228,8 +246,15 @@ def _describe(
         layout=checkpoint.layout,
         files=checkpoint.files,
         notes=(*checkpoint.notes, *notes),
-        base_fingerprint=base_fingerprint,
+        unsaid={"template": checkpoint.template, "base_fingerprint": base_fingerprint},
     )
+
+
+def _template_note(checkpoint: Checkpoint, guess: str | None) -> tuple[str, ...]:
+    """What to tell a reader that does not know our provenance, if it would take the model for another template's."""
+    if checkpoint.template in (None, guess):
+        return ()
+    return (f"this layout cannot say template {checkpoint.template}; elsewhere give --conv {checkpoint.template}",)
 
 
 def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) -> dict[str, Any]:
@@ -238,8 +263,17 @@ def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) 
     text = text_fields(model.text)
     is_mistral = "mistral" in str(kept.get("model_type", text["model_type"]))
     text.pop("model_type")
-    # It runs under transformers 4, which reads rope_theta where it always was.
+    # It runs under transformers 4.37, which reads rope_theta where it always was, scales a Llama alone, and wants
+    # these two fields and no others.
     text.pop("rope_parameters")
+    scaling = model.text.rope_scaling
+    if isinstance(scaling, LinearScaling) and not is_mistral:
+        text["rope_scaling"] = {"type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
+        raise CheckpointError(
+            f"The original scales the rotary positions of a Llama, and that linearly; got {scaling} of a "
+            f"{'Mistral' if is_mistral else 'Llama'}. Use --to hf."
+        )
     return {
         "tokenizer_model_max_length": model.text.max_positions,
         "tokenizer_padding_side": "right",
@@ -258,12 +292,18 @@ def _original_config(checkpoint: Checkpoint, model: LlavaConfig, *, tower: str) 
         "mm_vision_select_layer": model.select_layer,
         "mm_vision_select_feature": model.select_feature,
         "mm_use_im_start_end": checkpoint.mm_use_im_start_end,
-        "mm_use_im_patch_token": kept.get("mm_use_im_patch_token", False),
+        "mm_use_im_patch_token": kept.get("mm_use_im_patch_token") or _has_patch_token(checkpoint),
         **original_fields(checkpoint.image_mode or "square", has_newline=model.image_newline),
         # So that the original reads the tower from here rather than from where its name points.
         "unfreeze_mm_vision_tower": True,
         "torch_dtype": _dtype(checkpoint.params),
     }
+
+
+def _has_patch_token(checkpoint: Checkpoint) -> bool:
+    """Whether the original, too, must number a token for patches before those that frame a picture."""
+    tokenizer = _tokenizer(checkpoint) if checkpoint.mm_use_im_start_end else None
+    return tokenizer is not None and tokenizer.token_id(IM_PATCH) is not None
 
 
 def _write_tower(folder: Path, checkpoint: Checkpoint, model: LlavaConfig) -> None:
@@ -280,19 +320,16 @@ def _with_image_token(
 ) -> tuple[dict[str, Tensor], SpecialTokens, dict[str, int], tuple[str, ...]]:
     """Parameters whose vocabulary has `<image>`, its ids, the tokens to add to the tokenizer, and notes."""
     tokens, rows = _special_tokens(checkpoint), checkpoint.params["decoder.embed_tokens.embedding"].shape[0]
-    known = {} if checkpoint.tokenizer is None else added_tokens(checkpoint.tokenizer)
-    image_id = tokens.image_id if tokens.image_id is not None else known.get(IMAGE_TOKEN)
-    if image_id is not None:
-        return dict(checkpoint.params), dataclasses.replace(tokens, image_id=image_id), {}, ()
-    first = rows
-    if checkpoint.tokenizer is not None:
-        from llava_jax.data.tokenizer import open_tokenizer
-
-        first = open_tokenizer(str(checkpoint.tokenizer)).vocab_size
-    added = {IMAGE_TOKEN: first}
-    if PAD_TOKEN not in known:
-        added[PAD_TOKEN] = first + 1
-    tokens = dataclasses.replace(tokens, image_id=first, pad_id=added.get(PAD_TOKEN, known.get(PAD_TOKEN)))
+    if tokens.image_id is not None:
+        return dict(checkpoint.params), tokens, {}, ()
+    tokenizer, first, pad_id = _tokenizer(checkpoint), rows, None
+    if tokenizer is not None:
+        image_id, pad_id = tokenizer.token_id(IMAGE_TOKEN), tokenizer.token_id(PAD_TOKEN)
+        if image_id is not None:
+            return dict(checkpoint.params), dataclasses.replace(tokens, image_id=image_id), {}, ()
+        first = tokenizer.vocab_size
+    added = {IMAGE_TOKEN: first} | ({PAD_TOKEN: first + 1} if pad_id is None else {})
+    tokens = dataclasses.replace(tokens, image_id=first, pad_id=added.get(PAD_TOKEN, pad_id))
     needed = first + len(added)
     if needed <= rows:
         return dict(checkpoint.params), tokens, added, (f"added {', '.join(added)} to the tokenizer",)
@@ -304,40 +341,14 @@ def _with_image_token(
 def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     """The ids that its config states, else those of its tokenizer: without an end others would never stop."""
     tokens = checkpoint.tokens
-    if checkpoint.tokenizer is None or tokens.eos_id is not None:
-        return tokens
-    from llava_jax.data.tokenizer import open_tokenizer
-
-    found = open_tokenizer(str(checkpoint.tokenizer))
-    return dataclasses.replace(tokens, bos_id=found.bos_id, eos_id=found.eos_id)
+    found = _tokenizer(checkpoint) if tokens.eos_id is None else None
+    return tokens if found is None else dataclasses.replace(tokens, bos_id=found.bos_id, eos_id=found.eos_id)
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that were added to a tokenizer, by the files that may say so.
-
-    Raises:
-      CheckpointError: one of them says it in another form than transformers does.
-    """
-    try:
-        return _listed_tokens(folder)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"The tokenizer of {str(folder)!r} must list its added tokens as transformers does: {error!r}. "
-            "Download it again."
-        ) from error
-
-
-def _listed_tokens(folder: Path) -> dict[str, int]:
-    found: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        found |= read_object(folder / "added_tokens.json")
-    if (folder / "tokenizer_config.json").is_file():
-        decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        found |= {entry["content"]: int(token_id) for token_id, entry in decoder.items()}
-    if (folder / "tokenizer.json").is_file():
-        entries = read_object(folder / "tokenizer.json").get("added_tokens") or []
-        found |= {entry["content"]: entry["id"] for entry in entries}
-    return found
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    if checkpoint.tokenizer is None:
+        return None
+    return open_tokenizer(str(checkpoint.tokenizer), checkpoint.added_tokens)
 
 
 def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
@@ -345,20 +356,24 @@ def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     if not added:
         return
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    path = folder / "tokenizer_config.json"
+    path = folder / CONFIG
     config = read_object(path) if path.is_file() else {}
+    if "added_tokens_decoder" not in config and (folder / ADDED).is_file():
+        # Where the config lists tokens, the older files are not read: it must list theirs too.
+        open_tokenizer(str(folder)).save(folder)
+        config = read_object(path)
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | {
         str(token_id): {"content": text, **flags} for text, token_id in added.items()
     }
     if PAD_TOKEN in added:
         config["pad_token"] = PAD_TOKEN
     _write_json(path, config)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_object(folder / "tokenizer.json")
+    if (folder / JSON).is_file():
+        tokenizer = read_object(folder / JSON)
         tokenizer["added_tokens"] += [{"id": token_id, "content": text, **flags} for text, token_id in added.items()]
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n")
+        (folder / JSON).write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n")
     else:
-        path = folder / "added_tokens.json"
+        path = folder / ADDED
         _write_json(path, (read_object(path) if path.is_file() else {}) | dict(added))
 
 

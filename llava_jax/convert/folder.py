@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from llava_jax.convert.card import ModelCard, write_card
 from llava_jax.convert.checkpoint import (
-    PROVENANCE,
     SOURCE_CONFIG,
     TOKENIZER,
     TOKENIZER_FILES,
@@ -22,10 +21,10 @@ from llava_jax.convert.checkpoint import (
     open_checkpoint,
     without_files,
 )
-from llava_jax.convert.provenance import write_provenance
+from llava_jax.convert.provenance import PROVENANCE, write_provenance
 from llava_jax.convert.safetensors_file import split, total_bytes, write_safetensors
 from llava_jax.convert.tensor import Tensor
-from llava_jax.data.tokenizer import copy_files
+from llava_jax.data.tokenizer import copy_files, open_tokenizer
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters, part
 from llava_jax.shapes import ModelConfig
@@ -43,20 +42,21 @@ def write_model_folder(
     *,
     tokenizer: str | None,
     source: str,
+    added_tokens: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes everything that `generate`, `chat`, `score` and `init` need; replaces an older folder in one move.
 
-    `params` are arrays, or tensors that still lie in their files; `config` is the source's own config.json and
-    `record` what provenance says beyond `source`.
+    `params` are arrays, or tensors that still lie in their files; the tokenizer gets those of `added_tokens` that it
+    lacks; `config` is the source's own config.json and `record` what provenance says beyond `source`.
     """
     tensors = dict(params) if _in_files(params) else without_files(params, source)
     with staged(folder) as new:
         write_weights(new, tensors)
         write_card(new, card)
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, new / TOKENIZER)
+            copy_tokenizer(tokenizer, new / TOKENIZER, added_tokens)
         if config:
             (new / SOURCE_CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
         write_provenance(new, source=source, **(record or {}))
@@ -118,9 +118,16 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: i
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_tokenizer(source: str, target: Path) -> None:
-    """Copies a tokenizer's files, so that a folder can be opened where its source is not."""
+def copy_tokenizer(source: str, target: Path, added: Sequence[str] = ()) -> None:
+    """Copies a tokenizer's files, so that a folder can be opened where its source is not.
+
+    Those of `added` that the tokenizer lacks are numbered after its own.
+    """
     copy_files(source, target, TOKENIZER_FILES)
+    if added:
+        tokenizer = open_tokenizer(source)
+        if None in map(tokenizer.token_id, added):
+            tokenizer.with_tokens(*added).save(target)
 
 
 def read_parameters(source: str, parts: Collection[str] | None = None) -> Parameters:

@@ -1,5 +1,6 @@
 """How pictures are brought to the tower: from the files of others to our image mode, and back."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,7 @@ def image_mode_of_huggingface(folder: Path, config: Fields, vision: VisionConfig
     Raises:
       CheckpointError: a picture would be brought to other pixels than transformers makes of it.
     """
-    path = next((folder / name for name in (PREPROCESSOR, PROCESSOR) if _has_images(folder / name)), None)
-    if path is None:
-        fields = Fields({}, str(folder))
-    else:
-        content = read_object(path)
-        # Version 5 keeps the image processor's settings inside the processor's.
-        fields = Fields(content.get("image_processor", content), str(path))
-    _check(fields, vision)
+    fields = check_preprocessor(folder, vision)
     if config.values.get("model_type") == "llava_next":
         grid = fields.take("image_grid_pinpoints", list, None)
         stated = config.values.get("image_grid_pinpoints")
@@ -42,13 +36,18 @@ def image_mode_of_huggingface(folder: Path, config: Fields, vision: VisionConfig
     return "pad" if fields.take("do_pad", bool, False) else "square"
 
 
-def _has_images(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    return path.name == PREPROCESSOR or "image_processor" in read_object(path)
+def check_preprocessor(folder: Path, vision: VisionConfig) -> Fields:
+    """The settings of a folder's preprocessor, none where it has no file of them.
 
-
-def _check(fields: Fields, vision: VisionConfig) -> None:
+    Raises:
+      CheckpointError: a picture would be brought to other pixels than by OpenAI's for CLIP.
+    """
+    path = next((folder / name for name in (PREPROCESSOR, PROCESSOR) if _has_images(folder / name)), None)
+    if path is None:
+        return Fields({}, str(folder))
+    content = read_object(path)
+    # Version 5 keeps the image processor's settings inside the processor's.
+    fields = Fields(content.get("image_processor", content), str(path))
     for name in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
         fields.must_be(name, True)
     fields.must_be("resample", _BICUBIC)
@@ -61,6 +60,13 @@ def _check(fields: Fields, vision: VisionConfig) -> None:
     side = vision.image_size
     fields.must_be("size", side, {"shortest_edge": side}, {"height": side, "width": side})
     fields.must_be("crop_size", side, {"height": side, "width": side})
+    return fields
+
+
+def _has_images(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    return path.name == PREPROCESSOR or "image_processor" in read_object(path)
 
 
 def image_mode_of_original(config: Fields) -> ImageMode:
@@ -86,19 +92,18 @@ def _grid(grid: Any) -> Any:
     """Pinpoints may be written as the text of a Python list."""
     if not isinstance(grid, str):
         return grid
-    import json
-
     try:
-        return json.loads(grid.replace("(", "[").replace(")", "]"))
-    except ValueError:
-        return None
+        return ast.literal_eval(grid)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return grid
 
 
 def _pairs(grid: Any, where: str) -> list[tuple[int, int]]:
+    pairs = list | tuple
     if (
-        not isinstance(grid, list)
+        not isinstance(grid, pairs)
         or not grid
-        or not all(isinstance(p, list) and len(p) == 2 and all(type(n) is int and n > 0 for n in p) for p in grid)
+        or not all(isinstance(p, pairs) and len(p) == 2 and all(type(n) is int and n > 0 for n in p) for p in grid)
     ):
         raise CheckpointError(f"{where}: image_grid_pinpoints must be pairs of sizes; got {grid!r:.80}. Mend it.")
     return [(p[0], p[1]) for p in grid]

@@ -3,12 +3,14 @@
 import datetime
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from llava_jax.convert.checkpoint import PROVENANCE
+from llava_jax.convert.fields import Fields, read_object
 
+PROVENANCE = "provenance.json"
 _LICENCE = (
     "The weights keep the licence of their source and of the models it was built from; that of llava_jax covers none "
     "of them."
@@ -22,9 +24,12 @@ def write_provenance(
     layout: str = "",
     files: Sequence[Path] = (),
     notes: Sequence[str] = (),
-    base_fingerprint: str | None = None,
+    unsaid: Mapping[str, Any] | None = None,
 ) -> None:
-    """Describes a written folder; to be called when all other files of it are there."""
+    """Describes a written folder; to be called when all other files of it are there.
+
+    `unsaid` is what its layout has no place for, to be read again by `read_provenance`.
+    """
     licences = sorted({str(path) for file in files for path in file.parent.glob("LICENSE*")})
     content = {
         "source": source,
@@ -35,10 +40,15 @@ def write_provenance(
         "licence": " ".join([_LICENCE, *(f"See {path}." for path in licences)]),
         "notes": list(notes),
         "sha256": {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        **(unsaid or {}),
     }
-    if base_fingerprint is not None:
-        content["base_fingerprint"] = base_fingerprint
     (folder / PROVENANCE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> Fields:
+    """What was written so; no fields where nothing was."""
+    path = folder / PROVENANCE
+    return Fields(read_object(path) if path.is_file() else {}, str(path))
 
 
 def sha256(path: Path) -> str:

@@ -79,8 +79,8 @@ def open_torch(path: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
         for key, value in state.items():
-            if not isinstance(key, str) or not isinstance(value, _Strided):
-                raise ValueError(f"{key!r} must be a tensor; it is {value!r:.80}")
+            if not isinstance(value, _Strided):
+                raise ValueError(f"{key!r} must be a tensor; it is a {type(value).__name__}")
         return {key: _tensor(path, key, value, place) for key, value in state.items()}
     except _DAMAGE as error:
         raise CheckpointError(
@@ -92,7 +92,7 @@ def _tensor(path: Path, key: str, value: _Strided, place: Callable[[str, int], i
     storage, offset, shape, strides = value
     whole = [type(n) is int and n >= 0 for n in (offset, *shape, *strides)]
     if len(shape) != len(strides) or not all(whole):
-        raise ValueError(f"{key} has shape {shape}, strides {strides}, offset {offset}")
+        raise ValueError(f"shape, strides and offset of {key} must be whole numbers, one stride for each side")
     extent = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if offset + extent > storage.count:
         raise ValueError(f"{key} of shape {shape} reaches past the {storage.count} elements of its storage")
@@ -152,7 +152,7 @@ def _read_legacy(path: Path) -> tuple[Any, Callable[[str, int], int]]:
         state = _interpret(file, sizes)
         keys = _interpret(file)
         places, end = {}, file.seek(0, 1)
-        for key in keys:
+        for key in map(_text, keys):
             file.seek(end)
             count = int.from_bytes(file.read(8), "little")
             places[key] = (end + 8, count * sizes[key])
@@ -229,7 +229,7 @@ def _interpret(source: bytes | BinaryIO, sizes: dict[str, int] | None = None) ->
             # A state dict carries its modules' version numbers as an attribute.
             stack.pop()
             if not isinstance(stack[-1], dict):
-                raise ValueError(f"{_key(stack)} sets attributes of {stack[-1]!r:.80}")
+                raise ValueError(f"{_key(stack)} sets attributes of a {type(stack[-1]).__name__}")
         elif name == "STOP":
             return stack.pop()
         else:
@@ -248,11 +248,20 @@ def _key(stack: list[Any]) -> str:
 
 def _set_items(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict):
-        raise ValueError(f"it sets items of {target!r:.80}")
-    for key, value in zip(items[::2], items[1::2], strict=True):
+        raise ValueError(f"it sets items of a {type(target).__name__}")
+    for key, value in zip(map(_text, items[::2]), items[1::2], strict=True):
         if key in target:
             raise ValueError(f"it names {key!r} twice")
         target[key] = value
+
+
+def _text(name: Any) -> str:
+    """A name of the pickle. Of anything else no hash is asked, and no text: a hundred bytes of tuples in tuples, each
+    named twice, have more parts than can be counted.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"its names must be strings; one is a {type(name).__name__}")
+    return name
 
 
 def _storage(identity: Any, sizes: dict[str, int] | None) -> _Storage:
@@ -260,10 +269,10 @@ def _storage(identity: Any, sizes: dict[str, int] | None) -> _Storage:
     kind, storage, key, _, count, *view = identity
     dtype = STORAGES[storage.text.removeprefix("torch ")] if isinstance(storage, _Name) else None
     if kind != "storage" or dtype is None or type(count) is not int or view not in ([], [None]):
-        raise ValueError(f"it refers to {identity!r:.120}")
+        raise ValueError("it refers to what is no storage, or to a view of one")
     if sizes is not None:
-        sizes[str(key)] = dtype.itemsize
-    return _Storage(str(key), dtype, count)
+        sizes[_text(key)] = dtype.itemsize
+    return _Storage(_text(key), dtype, count)
 
 
 def _rebuild(function: Any, arguments: Any) -> Any:
@@ -280,6 +289,7 @@ def _rebuild(function: Any, arguments: Any) -> Any:
             return tensor
         case _Name("collections OrderedDict"), (*items,):
             found: dict[Any, Any] = {}
-            _set_items(found, [part for pair in (items[0] if items else []) for part in pair])
+            _set_items(found, [part for key, value in (items[0] if items else []) for part in (key, value)])
             return found
-    raise ValueError(f"it calls {function!r:.80} with {arguments!r:.80}")
+    called = function.text if isinstance(function, _Name) else f"a {type(function).__name__}"
+    raise ValueError(f"it calls {called} with what makes no tensor")

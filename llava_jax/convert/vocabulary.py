@@ -5,11 +5,22 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
+from llava_jax.convert.fields import Fields
 from llava_jax.convert.tensor import Tensor
+from llava_jax.data.conversation import IM_END, IM_PATCH, IM_START
 from llava_jax.errors import CheckpointError
 
 EMBEDDING = "decoder.embed_tokens.embedding"
 HEAD = "decoder.lm_head.kernel"
+
+
+def added_tokens(config: Fields) -> tuple[str, ...]:
+    """What a model of the original's that frames its pictures needs in its tokenizer, which may be the base's.
+
+    The original adds what is not there as it opens the model, in this order (`load_pretrained_model`).
+    """
+    is_framed, has_patch = (config.values.get(f"mm_use_im_{name}") is True for name in ("start_end", "patch_token"))
+    return ((IM_PATCH,) * has_patch + (IM_START, IM_END)) * is_framed
 
 
 def grow_rows(rows: Float[np.ndarray, "v d"], count: int) -> Float[np.ndarray, "w d"]:

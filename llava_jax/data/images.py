@@ -171,7 +171,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         # To convert what is RGB already would copy it.
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    # Pillow raises whatever its code meets in damaged bytes, such as IndexError for a colour profile that is too short.
+    except Exception as error:
         raise Refused("damaged picture", f"{getattr(image, 'filename', '') or 'picture'}: {error}") from None
 
 

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +75,13 @@ def load_index(
             refused = index.refused.items() if look_again else ()
             if all(_size(index.records, rows, needs, i)[1] == detail for i, detail in refused):
                 return index
-        except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-            # A cache is only a cache: whatever is wrong with it, measuring again mends it.
-            stored.unlink()
+        except DataError:
+            # The records cannot be read; nothing is wrong with the cache.
+            raise
+        except Exception:
+            # A cache is only a cache: whatever is wrong with it, measuring again mends it. numpy and zipfile raise
+            # what they meet in damaged bytes, and another process may have removed the file first.
+            stored.unlink(missing_ok=True)
     index = _measure(open_records(mix, as_written=rows.as_written), rows, needs, fingerprint, num_workers)
     _write(stored, index)
     return index
@@ -151,12 +153,22 @@ def _write(stored: Path, index: Index) -> None:
 
 def _read(stored: Path, mix: Mix, fingerprint: str, *, as_written: bool) -> Index:
     with np.load(stored, allow_pickle=False) as arrays:
+        # numpy reads as much as a header asks for, and zipfile compares checksums at a member's end: one bit of a
+        # header can make an array smaller, and nobody would know.
+        if (member := arrays.zip.testzip()) is not None:
+            raise ValueError(f"{stored} must hold what was written; the checksum of {member} differs.")
         spans = {int(name.removeprefix(SPANS)): arrays[name] for name in arrays.files if name.startswith(SPANS)}
         refused = {int(i): detail for i, detail in json.loads(arrays["refused"].tobytes()).items()}
-        return Index(
+        index = Index(
             records=open_records(mix, as_written=as_written, spans=spans),
             tokens=arrays["tokens"],
             tiles=arrays["tiles"],
             refused=refused,
             fingerprint=fingerprint,
         )
+    if not len(index.tokens) == len(index.tiles) == len(index.records):
+        raise ValueError(
+            f"{stored} must hold a size for each of {len(index.records)} records; got {len(index.tokens)} and "
+            f"{len(index.tiles)}."
+        )
+    return index

@@ -200,9 +200,11 @@ class LlamaTokenizer(Tokenizer):
         run: list[str] = []
         for token_id in map(int, ids):
             text = self._contents.get(token_id)
-            if text is None:
+            # Rows that pad the embedding to a round number are no tokens, and a sample may hit one all the same; as
+            # transformers' fast tokenizers do, it is passed over.
+            if text is None and token_id < len(self._model):
                 run.append(self._model.id_to_piece(token_id))
-            elif text not in self._specials:
+            elif text is not None and text not in self._specials:
                 before = self._join(run)
                 texts += [before, text] if before else [text]
                 run = []

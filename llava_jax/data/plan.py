@@ -43,6 +43,10 @@ class Plan:
         """The most records that any row holds."""
         return int(np.diff(self.starts).max())
 
+    def rows_used(self) -> Int[np.ndarray, " s"]:
+        """How many rows of each step hold a record; they come first."""
+        return (np.diff(self.starts) > 0).reshape(-1, self.rows_per_step).sum(axis=1)
+
     def row(self, number: int) -> Int[np.ndarray, " k"]:
         """Numbers of the records in a row."""
         return self.records[self.starts[number] : self.starts[number + 1]]

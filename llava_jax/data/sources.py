@@ -15,6 +15,8 @@ from llava_jax.errors import DataError, Refused
 
 # How much of both ends of a large file decides its fingerprint: its footer, which says where every record lies.
 END_BYTES = 1 << 20
+# What a record needs of parquet and Arrow files.
+COLUMNS = ("conversations", "image", "images")
 # A split's name in the path of a file, as Hugging Face and TFDS write it.
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-])")
 
@@ -99,7 +101,11 @@ class ArrayRecords:
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`; raises `Refused` if it is malformed."""
-        (data,) = self.reader.__getitems__([index])
+        reader = self.reader
+        try:
+            (data,) = reader.__getitems__([index])
+        except RuntimeError as error:
+            raise Refused("malformed", str(error)) from None
         try:
             return parse_record(json.loads(data), as_written=self.as_written)
         except (ValueError, RecursionError) as error:
@@ -114,7 +120,7 @@ class ParquetRecords:
 
     A picture is a name, or the struct of `bytes` and `path` of the Image feature. Parquet is read by row groups and
     the last one is kept: reading in the plan's order decodes a group for every record, so groups should be small
-    (`row_group_size=16`), or the records be written as ArrayRecord.
+    (`row_group_size=16`), or the records be written as ArrayRecord. A damaged group costs all of its records.
     """
 
     def __init__(self, path: str, files: list[str], *, as_written: bool):
@@ -153,11 +159,11 @@ class ParquetRecords:
     def _read(self, group: int) -> Any:
         number, place = self._groups[group]
         file = _import_pyarrow().ParquetFile(self.files[number])
-        names = {"conversations", "image", "images"} & set(file.schema_arrow.names)
+        names = set(COLUMNS) & set(file.schema_arrow.names)
         try:
             return file.read_row_group(place, columns=sorted(names), use_threads=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.files[number]!r}, row group {place}, cannot be read: {error}.") from None
+            raise Refused("malformed", f"row group {place} of {self.files[number]!r}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
@@ -188,7 +194,7 @@ class ArrowRecords:
                 raise DataError(
                     f"{self.path!r} must have a column 'conversations'; it has {table.column_names}. Rename it."
                 )
-            self._table = table
+            self._table = table.select([name for name in COLUMNS if name in table.column_names])
         return self._table
 
     def __len__(self) -> int:
@@ -196,7 +202,14 @@ class ArrowRecords:
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`; raises `Refused` if it is malformed."""
-        return _parse_row(self.table, index, as_written=self.as_written)
+        table = self.table
+        try:
+            for column in table.slice(index, 1).columns:
+                for chunk in column.chunks:
+                    _check_bounds(chunk)
+        except (ValueError, NotImplementedError) as error:
+            raise Refused("malformed", f"a row's values must lie in its file: {error}") from None
+        return _parse_row(table, index, as_written=self.as_written)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_table": None}
@@ -210,9 +223,27 @@ def _import_pyarrow() -> Any:
     return parquet
 
 
+def _check_bounds(array: Any) -> None:
+    """Raises `ValueError` if values of a mapped row lie outside their file, where reading them would end the process.
+
+    Part by part, since pyarrow checks every value of a batch to check a row of it in full. Of the batch as a whole the
+    ends alone are looked at; where one of these is wrong, all its rows are.
+    """
+    array.validate()
+    if not array.type.num_fields:
+        array.validate(full=True)
+        return
+    parts = array.flatten()
+    for part in parts if isinstance(parts, list) else [parts]:
+        _check_bounds(part)
+
+
 def _parse_row(table: Any, index: int, *, as_written: bool) -> Record:
     """The record in a row of a table of pyarrow."""
-    (value,) = table.slice(index, 1).to_pylist()
+    try:
+        (value,) = table.slice(index, 1).to_pylist()
+    except ValueError as error:
+        raise Refused("malformed", f"a row must hold values of its types: {error}") from None
     images = value.get("image", value.get("images"))
     images = [] if images is None else images if isinstance(images, list) else [images]
     return parse_record(value | {"image": [_name_or_bytes(image) for image in images]}, as_written=as_written)
@@ -253,7 +284,11 @@ class TfdsRecords:
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`; raises `Refused` if it is malformed."""
-        value = self.reader[index]
+        reader = self.reader
+        try:
+            value = reader[index]
+        except RuntimeError as error:
+            raise Refused("malformed", str(error)) from None
         # TFDS keeps a sequence of dictionaries as a dictionary of sequences, and text as bytes.
         try:
             turns = value["conversations"]

@@ -10,7 +10,7 @@ from PIL import Image
 from llava_jax.convert.arrays import place_all
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.folder import check_parameters
-from llava_jax.data.conversation import IMAGE_MARK, Span, Template, marked, tokenize
+from llava_jax.data.conversation import IM_END, IM_START, IMAGE_MARK, Span, Template, marked, tokenize
 from llava_jax.data.images import ImageMode, cut_tiles, find_layout, open_image
 from llava_jax.data.records import Turn, require_unicode
 from llava_jax.data.rows import Example, make_example
@@ -31,6 +31,11 @@ class Model:
     config: LlavaConfig
     graphdef: GraphDef
     params: Parameters
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What it computes in."""
+        return self.params["decoder.norm.scale"].dtype
 
 
 # One request on the host: what a record is in training.
@@ -61,7 +66,9 @@ class Processor:
     def answered(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
         """A conversation whose last turn is the assistant's, without the words that would close it."""
         *given, last = self._render(turns, images)
-        answer = Span(last.text.removesuffix(self._known_template().ends[1]), last.is_answer)
+        text = last.text.removesuffix(self._known_template().ends[1])
+        # `[INST]` templates also write a space between the answer and what closes it.
+        answer = Span(text[: text.rindex(turns[-1].text) + len(turns[-1].text)], last.is_answer)
         return self._encode([*(span._replace(is_answer=False) for span in given), answer], images)
 
     def raw(self, text: str, images: Sequence[Image.Image], *, answer: str = "") -> Prompt:
@@ -125,13 +132,18 @@ def load(
             f"A model's folder must hold tokenizer.json or tokenizer.model; {path!r} does not. Copy them there."
         )
     try:
-        tokenizer = open_tokenizer(str(checkpoint.tokenizer))
+        tokenizer = open_tokenizer(str(checkpoint.tokenizer), checkpoint.added_tokens)
     except UserError as error:
         raise CheckpointError(str(error)) from error
     if tokenizer.vocab_size > config.text.vocab_size:
         raise CheckpointError(
             f"Every token must have an embedding; the tokenizer of {path!r} has vocab_size={tokenizer.vocab_size}, "
             f"the model {config.text.vocab_size}. Put the model's own tokenizer there."
+        )
+    if checkpoint.mm_use_im_start_end and None in map(tokenizer.token_id, (IM_START, IM_END)):
+        raise CheckpointError(
+            f"Every picture stands between the tokens {IM_START} and {IM_END}; the tokenizer of {path!r} does not have "
+            "both. Put the model's own tokenizer there."
         )
     name = template if template is not None else checkpoint.template
     known = None if name is None else find_template(name)
@@ -167,6 +179,7 @@ def read_images(paths: Sequence[str]) -> list[Image.Image]:
             image = open_image(path)
             image.load()
             images.append(image)
-        except (Refused, OSError, ValueError, SyntaxError) as error:
+        # Whatever Pillow's code meets in damaged bytes, see `_to_rgb` of data/images.py.
+        except Exception as error:
             raise UserError(f"--image must name a readable picture; {path!r} is not: {error}.") from None
     return images

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.config_json import text_fields
+from llava_jax.convert.fields import Fields
 from llava_jax.convert.layouts import from_huggingface
+from llava_jax.convert.preprocessing import image_mode_of_original, preprocessor_fields
 from llava_jax.data.anyres import AnyRes
 from llava_jax.errors import CheckpointError
 from tests.convert.llavas import make_huggingface, numpy_of, original_config, rename, write_folder, write_tower
@@ -228,6 +230,67 @@ def test_pictures_are_prepared_as_the_preprocessor_says_or_not_at_all(
             with pytest.raises(CheckpointError, match=mode):
                 open_checkpoint(str(folder))
         (folder / name).unlink()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["tower inside", "tower apart"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, None), ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean="), ({"crop_size": 20}, "crop_size=20")],
+)
+def test_an_originals_pictures_are_prepared_as_its_tower_says_or_not_at_all(
+    plain: dict[str, np.ndarray], tmp_path: Path, inside: bool, change: dict[str, Any], message: str | None
+):
+    write_tower(tmp_path / "clip", plain)
+    said = json.dumps(preprocessor_fields("square", VISION) | change)
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(said)
+    tensors = rename(plain, "original")
+    if not inside:
+        tensors = {key: value for key, value in tensors.items() if "vision_tower" not in key}
+    write_folder(tmp_path / "m", original_config(), tensors)
+    if message is None:
+        assert open_checkpoint(str(tmp_path / "m")).image_mode == "pad"
+        return
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json: {message}"):
+        open_checkpoint(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "m: AnyRes.merge=spatial_unpad arranges patches alone"),
+        ({"image_grid_pinpoints": [[16, 40]]}, "m: AnyRes.pinpoints must be multiples of the tower's image_size=16"),
+    ],
+)
+def test_a_way_to_look_at_pictures_that_the_model_has_not_is_refused(
+    state: dict[str, np.ndarray], tmp_path: Path, change: dict[str, Any], message: str
+):
+    config = CONFIG | {"model_type": "llava_next", "image_grid_pinpoints": [[16, 32]], **change}
+    folder = write_folder(tmp_path / "m", config, rename(state, "L1"))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        [[336, 672], [672, 336]],
+        "[[336, 672], [672, 336]]",
+        "[(336, 672), (672, 336),]",
+        "((336, 672), (672, 336))",
+    ],
+)
+def test_pinpoints_may_be_the_text_of_a_python_list(grid: Any):
+    config = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grid}
+    mode = image_mode_of_original(Fields(config, "config.json"))
+    assert mode == AnyRes(pinpoints=((336, 672), (672, 336)), merge="flat", rounding="original")
+
+
+@pytest.mark.parametrize("grid", ["(1x1),...,(6x6)", "", "[(336, 672, 1)]", "(336, 672)", "(" * 99_999, "-" * 99_999])
+def test_pinpoints_of_another_kind_are_refused_as_they_are_written(grid: str):
+    config = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": grid}
+    with pytest.raises(CheckpointError, match=r"config\.json: image_grid_pinpoints must be pairs of sizes") as caught:
+        image_mode_of_original(Fields(config, "config.json"))
+    assert grid[:20] in str(caught.value)
 
 
 def test_a_name_that_is_no_path_and_no_hub_name_is_refused(tmp_path: Path):

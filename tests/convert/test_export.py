@@ -1,7 +1,9 @@
 """Exports: transformers loads them whole and computes the same, and what came in goes out byte for byte."""
 
 import dataclasses
+import importlib.resources
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,22 @@ import pytest
 import torch
 import transformers
 
+from llava_jax.convert.chat_template import chat_template_json
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.conversion import convert
+from llava_jax.convert.export import write_original
 from llava_jax.convert.folder import read_parameters, write_model_folder, write_weights
 from llava_jax.convert.safetensors_file import open_safetensors
 from llava_jax.convert.tensor import in_memory
 from llava_jax.convert.weights import open_weights
 from llava_jax.data.anyres import AnyRes
+from llava_jax.data.conversation import IM_END, IM_PATCH, IM_START
 from llava_jax.data.records import Turn
 from llava_jax.data.templates import V1
 from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError, UserError
 from llava_jax.inference.model import load
+from llava_jax.shapes import LinearScaling, Llama3Scaling, LlavaConfig, RopeScaling
 from tests.convert.llavas import make_huggingface, numpy_of, original_config, rename, write_folder, write_tower
 from tests.models import oracle
 
@@ -116,6 +122,111 @@ def test_the_originals_layout_comes_back_as_it_was(data: Path, tmp_path: Path):
     # A model of ours names no published tower: its shape lies beside its weights.
     convert(str(tmp_path / "hf"), str(tmp_path / "ours"), to="original")
     assert open_checkpoint(str(tmp_path / "ours")).model == before.model
+
+
+@pytest.mark.parametrize(("beside", "name"), [("v1", "mistral_instruct"), ("v1", "v0_mmtag"), ("v1", "v1")])
+def test_a_chat_template_of_another_tokenizers_folder_is_not_passed_on(
+    data: Path, tmp_path: Path, beside: str, name: str
+):
+    """A base's tokenizer brings the base's; the model was trained with another."""
+    make_huggingface(tmp_path / "hf")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / file).write_bytes((data / "tokenizer" / file).read_bytes())
+    text = chat_template_json(beside, is_framed=False) or ""
+    (tmp_path / "hf" / "chat_template.json").write_text(text)
+    convert(str(tmp_path / "hf"), str(tmp_path / "ours"), to="jax")
+    card = tmp_path / "ours" / "model.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"template": name}))
+    convert(str(tmp_path / "ours"), str(tmp_path / "out"), to="hf")
+    written = tmp_path / "out" / "chat_template.json"
+    if name == "v0_mmtag":
+        assert not written.exists()
+    else:
+        assert open_checkpoint(str(tmp_path / "out")).template == name
+        assert (written.read_text() == text) == (name == beside)
+
+
+@pytest.mark.parametrize("name", ["mistral_instruct", "v0_mmtag", "v1", None])
+def test_a_template_that_the_originals_layout_cannot_say_comes_back(tmp_path: Path, name: str | None):
+    model = make_huggingface(tmp_path / "hf")
+    write_tower(tmp_path / "clip", numpy_of(model.state_dict()))
+    if name == "v0_mmtag":
+        # No chat template says it: here the source is a card of ours.
+        convert(str(tmp_path / "hf"), str(tmp_path / "ours"), to="jax")
+        path = tmp_path / "ours" / "model.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"template": name}))
+    elif name is not None:
+        (tmp_path / "hf" / "chat_template.json").write_text(chat_template_json(name, is_framed=False) or "")
+    source = tmp_path / ("ours" if name == "v0_mmtag" else "hf")
+    told = convert(str(source), str(tmp_path / "original"), to="original")
+    assert (f"cannot say template {name}; elsewhere give --conv {name}" in told) == (name not in ("v1", None))
+    assert open_checkpoint(str(tmp_path / "original")).template == name
+    # Whoever does not write the folder's provenance leaves only the guess.
+    path = tmp_path / "original" / "provenance.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"template": "v9"}))
+    with pytest.raises(CheckpointError, match=r"provenance\.json: Unknown conversation template 'v9'"):
+        open_checkpoint(str(tmp_path / "original"))
+    path.unlink()
+    assert open_checkpoint(str(tmp_path / "original")).template == "v1"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "window", "written"),
+    [
+        (None, None, None),
+        (LinearScaling(factor=4.0), None, {"type": "linear", "factor": 4.0}),
+        (LinearScaling(factor=4.0), 5, "Llama, and that linearly; got LinearScaling.* of a Mistral"),
+        (
+            Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=8192),
+            None,
+            "Llama, and that linearly; got Llama3Scaling.* of a Llama",
+        ),
+    ],
+)
+def test_rotary_positions_are_scaled_as_the_original_reads_it_or_not_at_all(
+    tmp_path: Path, scaling: RopeScaling | None, window: int | None, written: Any
+):
+    make_huggingface(tmp_path / "hf")
+    found = open_checkpoint(str(tmp_path / "hf"))
+    assert isinstance(found.model, LlavaConfig)
+    text = dataclasses.replace(found.model.text, rope_scaling=scaling, sliding_window=window)
+    checkpoint = dataclasses.replace(found, model=dataclasses.replace(found.model, text=text))
+    if isinstance(written, str):
+        with pytest.raises(CheckpointError, match=written):
+            write_original(str(tmp_path / "out"), checkpoint, source="x")
+        return
+    write_original(str(tmp_path / "out"), checkpoint, source="x")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] == written
+    assert open_checkpoint(str(tmp_path / "out")).model == checkpoint.model
+
+
+def test_tokens_of_older_folders_are_not_lost_to_an_export(tmp_path: Path):
+    """They list them in two files that nobody reads where the config lists any, as it does for `<image>`."""
+    model = importlib.resources.files(pytest.importorskip("mistral_common")) / "data" / "tokenizer.model.v1"
+    state = numpy_of(make_huggingface(tmp_path / "hf").state_dict())
+    write_tower(tmp_path / "clip", state)
+    tensors = rename(state, "original")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = np.zeros((32_004, tensors[key].shape[1]), np.float32)
+    config = original_config(vocab_size=32_004, mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    folder = write_folder(tmp_path / "original", config, tensors)
+    shutil.copyfile(str(model), folder / "tokenizer.model")
+    ids = {"[PAD]": 32_000, IM_PATCH: 32_001, IM_START: 32_002, IM_END: 32_003}
+    for name, content in (
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("added_tokens.json", ids),
+        ("special_tokens_map.json", {"pad_token": "[PAD]", "additional_special_tokens": [IM_START]}),
+    ):
+        (folder / name).write_text(json.dumps(content))
+    convert(str(folder), str(tmp_path / "out"), to="hf")
+    before, after = (open_tokenizer(str(path)) for path in (folder, tmp_path / "out"))
+    for text, token_id in (ids | {"<image>": 32_004, "<pad>": 32_005}).items():
+        assert after.token_id(text) == token_id
+    # What the other file says is special stays so.
+    text = f"a {IM_START}<s>{IM_END} b"
+    np.testing.assert_array_equal(after.encode(text).ids, before.encode(text).ids)
+    assert after.decode(after.encode(text).ids.tolist()) == before.decode(before.encode(text).ids.tolist())
 
 
 def test_what_transformers_lacks_is_refused(data: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import transformers
 from peft import PeftModel
 
 from llava_jax.cli import main
-from llava_jax.convert.card import ModelCard, write_card
+from llava_jax.convert.card import ModelCard, read_card, write_card
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.config_json import text_fields
 from llava_jax.convert.layouts import from_huggingface, to_layout
 from llava_jax.convert.lora_folder import write_adapter
 from llava_jax.convert.tensor import in_memory
 from llava_jax.convert.torch_zip import write_torch_zip
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.lora import LoraConfig, is_adapter
@@ -245,6 +247,33 @@ def test_peft_opens_a_runs_adapters_on_a_llava_of_transformers(folders: Path, tm
         np.testing.assert_allclose(value, merged[name], atol=1e-6, err_msg=name)
     name = "decoder.layers.1.mlp.up_proj.kernel"
     assert not np.allclose(merged[name], plain(folders / "run")[name], atol=1e-3)
+
+
+def test_adapters_remember_a_template_that_their_base_has_not(folders: Path, tmp_path: Path, capsys):
+    """Their layouts cannot say it: a config like this one means v1, a base without a chat template none."""
+    shutil.copytree(folders / "run", tmp_path / "run")
+    card = read_card(tmp_path / "run")
+    for name, template in (("lora", "v0"), ("lora", "v1"), ("lora-hf", "v0")):
+        write_card(tmp_path / "run", dataclasses.replace(card, template=template))
+        base = folders / ("llava" if name == "lora-hf" else "base")
+        assert run(tmp_path / "run", tmp_path / "out", "--to", name, "--base", base) == 0
+        assert ("cannot say template v0; elsewhere give --conv v0" in capsys.readouterr().out) == (template == "v0")
+        assert open_checkpoint(str(tmp_path / "out"), base=str(base)).template == template
+
+
+@pytest.mark.parametrize("names", [("<im_start>", "<im_end>"), ("<im_patch>", "<im_start>", "<im_end>")])
+def test_adapters_of_framed_pictures_number_the_frames_as_the_run_did(
+    folders: Path, data: Path, tmp_path: Path, names: tuple[str, ...]
+):
+    """Whoever opens them adds these tokens to the base's."""
+    shutil.copytree(folders / "run", tmp_path / "run")
+    write_card(tmp_path / "run", dataclasses.replace(read_card(tmp_path / "run"), mm_use_im_start_end=True))
+    open_tokenizer(str(data / "tokenizer"), names).save(tmp_path / "run" / "tokenizer")
+    shutil.copytree(folders / "base", tmp_path / "base")
+    shutil.copytree(data / "tokenizer", tmp_path / "base", dirs_exist_ok=True)
+    assert run(tmp_path / "run", tmp_path / "out", "--to", "lora", "--base", tmp_path / "base") == 0
+    found = open_checkpoint(str(tmp_path / "out"), base=str(tmp_path / "base"))
+    assert (found.tokenizer, found.added_tokens) == (tmp_path / "base", names)
 
 
 def test_any_step_is_exported_and_another_is_refused(folders: Path, tmp_path: Path, capsys):

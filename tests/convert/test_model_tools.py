@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.convert.checkpoint import open_checkpoint
 from llava_jax.convert.config_json import text_fields
 from llava_jax.convert.conversion import convert
 from llava_jax.convert.vocabulary import grow_rows
+from llava_jax.data.conversation import IM_END, IM_PATCH, IM_START, IMAGE_TOKEN
+from llava_jax.data.records import Turn
+from llava_jax.data.tokenizer import open_tokenizer
 from llava_jax.errors import CheckpointError
+from llava_jax.inference.model import load
 from tests.convert.llavas import make_huggingface, numpy_of, original_config, rename, write_folder, write_tower
 from tests.tiny import TEXT
 
@@ -111,6 +117,38 @@ def test_rows_of_new_tokens_in_a_projector_file_are_used(folders: Path, tmp_path
     found = open_checkpoint(str(tmp_path / "m"), base=str(tmp_path / "base"))
     assert (found.template, found.mm_use_im_start_end) == ("v1", True)
     np.testing.assert_array_equal(np.asarray(found.params["decoder.embed_tokens.embedding"])[-2:], rows.numpy())
+
+
+def _frame(folder: Path) -> list[int]:
+    """The tokens before and after a picture."""
+    tokens = load(str(folder))[1].ask([Turn("user", "Which?")], [Image.new("RGB", (8, 8))]).tokens
+    first, last = np.flatnonzero(tokens == IMAGE_TOKEN)[[0, -1]]
+    return tokens[[first - 1, last + 1]].tolist()
+
+
+@pytest.mark.parametrize("has_patch", [False, True], ids=["frames", "patch and frames"])
+def test_a_framed_model_adds_its_tokens_to_the_tokenizer_of_a_base(
+    folders: Path, data: Path, tmp_path: Path, has_patch: bool
+):
+    (tmp_path / "clip").symlink_to(folders / "clip")
+    shutil.copytree(folders / "base", tmp_path / "base")
+    shutil.copytree(data / "tokenizer", tmp_path / "base", dirs_exist_ok=True)
+    config = original_config(mm_use_im_start_end=True, mm_use_im_patch_token=has_patch)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mm_projector.bin").symlink_to(folders / "projector" / "mm_projector.bin")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    first = open_tokenizer(str(data / "tokenizer")).vocab_size + has_patch
+    for to in ("jax", "original"):
+        convert(str(tmp_path / "m"), str(tmp_path / to), to=to, base=str(tmp_path / "base"))
+        assert _frame(tmp_path / to) == [first, first + 1]
+    convert(str(tmp_path / "m"), str(tmp_path / "hf"), to="hf", base=str(tmp_path / "base"))
+    tokenizer = open_tokenizer(str(tmp_path / "hf"))
+    assert [tokenizer.token_id(name) for name in (IM_START, IM_END, "<image>")] == [first, first + 1, first + 2]
+    assert (tokenizer.token_id(IM_PATCH) == first - 1) == has_patch
+    # A whole model, whose folder holds the base's tokenizer, is asked as it is.
+    write_folder(tmp_path / "whole", config, load_file(folders / "target" / "model.safetensors"))
+    shutil.copytree(data / "tokenizer", tmp_path / "whole", dirs_exist_ok=True)
+    assert _frame(tmp_path / "whole") == [first, first + 1]
 
 
 def test_a_base_of_another_shape_is_refused_by_field(folders: Path, tmp_path: Path):

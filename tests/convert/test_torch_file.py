@@ -109,6 +109,45 @@ def test_damage_is_refused(tmp_path: Path):
         open_torch(tmp_path / "raw.bin")
 
 
+# Tuples in tuples, each named twice: some opcodes more, and no text or hash would ever come to its end.
+NESTED = b")q\x00" + 18 * b"h\x00h\x00\x86q\x00"
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\n"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"}X\x01\0\0\0ah\x00s.", "'a' must be a tensor; it is a tuple"),
+        (b"}h\x00K\x01s.", "names must be strings; one is a tuple"),
+        (b"}K\x01K\x01s.", "names must be strings; one is a int"),
+        (b"h\x00K\x01K\x01s.", "sets items of a tuple"),
+        (b"h\x00}b.", "sets attributes of a tuple"),
+        (b"h\x00NR.", "it calls a tuple with"),
+        (b"ccollections\nOrderedDict\nh\x00R.", "names must be strings; one is a tuple"),
+        (b"ctorch._utils\n_rebuild_parameter\nh\x00R.", "it calls torch._utils _rebuild_parameter with"),
+        (STORAGE + b"h\x00NK\x01tQ.", "names must be strings; one is a tuple"),
+        (STORAGE + b"X\x01\0\0\0aNh\x00tQ.", "what is no storage"),
+        (
+            b"}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"X\x01\0\0\0aNK\x01tQK\x00h\x00h\x00tRs.",
+            "shape, strides and offset of a must be whole",
+        ),
+    ],
+)
+def test_what_is_refused_is_neither_written_out_nor_hashed(tmp_path: Path, pickled: bytes, message: str):
+    with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + NESTED + pickled)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_torch(tmp_path / "a.bin")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_keys_of_old_files_are_strings(tmp_path: Path):
+    head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})]
+    (tmp_path / "a.bin").write_bytes(b"".join(head) + b"\x80\x02" + NESTED + b".")
+    with pytest.raises(CheckpointError, match="names must be strings; one is a tuple"):
+        open_torch(tmp_path / "a.bin")
+
+
 def test_storages_that_lie_are_refused(tmp_path: Path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "a.bin")
     with zipfile.ZipFile(tmp_path / "a.bin") as archive:

@@ -47,14 +47,15 @@ def _bytes(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def _png_header(width: int, height: int) -> bytes:
     """A picture that claims a size and holds no pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    pixels = _chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + pixels + _chunk(b"IEND", b"")
 
 
 def _normalised(image: Image.Image, size: int, mode: str) -> np.ndarray:
@@ -270,12 +271,22 @@ def test_the_most_extreme_picture_that_is_allowed_is_decoded(tmp_path: Path):
 
 def test_a_compressed_text_chunk_is_no_way_in(tmp_path: Path):
     data = _bytes(_picture(np.random.default_rng(0), 8, 8), "PNG")
-    text = b"zTXt" + b"k\0\0" + zlib.compress(b"\0" * 50_000_000)
-    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    chunk = _chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * 50_000_000))
     (tmp_path / "text.png").write_bytes(data[:33] + chunk + data[33:])
     with pytest.raises(Refused) as refusal:
         decode(open_image(tmp_path / "text.png"), size=28, mode="square")
     assert refusal.value.reason in ("unreadable picture", "damaged picture")
+
+
+@pytest.mark.parametrize("profile", [b"", b"a\0"])
+def test_a_colour_profile_cut_short_behind_the_pixels_is_damage(tmp_path: Path, profile: bytes):
+    """Pillow raises an IndexError there, which before the pixels it takes for a sign that this is no PNG."""
+    data = _bytes(_picture(np.random.default_rng(0), 8, 8), "PNG")
+    end = len(data) - len(_chunk(b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(data[:end] + _chunk(b"iCCP", profile) + data[end:])
+    for mode in ("pad", AnyRes(pinpoints=((28, 56),), merge="flat", rounding="original")):
+        with pytest.raises(Refused, match=r"damaged picture: .*a\.png"):
+            cut_tiles(open_image(tmp_path / "a.png"), size=28, mode=mode)
 
 
 @pytest.fixture

@@ -165,6 +165,65 @@ def test_a_damaged_cache_is_measured_again_or_was_unhurt(copied: Path, measured:
     assert len(measured) > 7
 
 
+# What bits can turn a header of a cache, and the zip file's list of its members, into.
+IN_HEADERS = {
+    "no dictionary": (b"), }", b"), |"),
+    "a smaller number": (b"(1200,)", b"(120 ,)"),
+    "no column": (b"(1200, 2)", b"(1200, 0)"),
+    "another type": (b"<i4", b"<i2"),
+    "encryption": (b"PK\1\2-\3-\0\0\0", b"PK\1\2-\3-\0\1\0"),
+}
+
+
+def test_a_damaged_header_of_a_large_cache_is_measured_again(copied: Path, measured: list[str]):
+    """numpy takes a header from the first 4 kB of a member; zipfile compares its checksum at its end, if ever."""
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "A square."}]
+    (copied / "records.json").write_text(json.dumps([{"conversations": turns}] * 1200))
+    clean = _load(copied)
+    (stored,) = (copied / "cache").iterdir()
+    data = stored.read_bytes()
+    for number, (written, damaged) in enumerate(IN_HEADERS.values(), start=2):
+        assert written in data
+        stored.write_bytes(data.replace(written, damaged, 1))
+        _assert_same(_load(copied), clean)
+        assert len(measured) == number
+
+
+def test_a_cache_of_another_number_of_records_is_measured_again(copied: Path, measured: list[str]):
+    clean = _load(copied)
+    (stored,) = (copied / "cache").iterdir()
+    for name in ("tokens", "tiles", "spans_0"):
+        with np.load(stored) as arrays:
+            values = dict(arrays)
+        np.savez(stored, **values | {name: values[name][:-1]})
+        _assert_same(_load(copied), clean)
+    assert len(measured) == 4
+
+
+def test_a_damaged_cache_may_be_removed_by_another_process_first(
+    copied: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def removed(stored: Path, *arguments, **more):
+        stored.unlink()
+        raise ValueError
+
+    clean = _load(copied)
+    monkeypatch.setattr(index_module, "_read", removed)
+    _assert_same(_load(copied), clean)
+    assert len(measured) == 2
+
+
+def test_records_that_cannot_be_read_do_not_cost_the_cache(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments, **more):
+        raise DataError("Parquet and Arrow files need pyarrow.")
+
+    _load(copied)
+    monkeypatch.setattr(index_module, "open_records", refuse)
+    with pytest.raises(DataError, match="pyarrow"):
+        _load(copied)
+    assert len(list((copied / "cache").iterdir())) == 1
+
+
 CHANGES = {
     "template": dataclasses.replace(ROWS, template=PLAIN),
     "words": dataclasses.replace(ROWS, template=dataclasses.replace(V1, system="Be brief.")),

@@ -41,6 +41,14 @@ def test_ids_and_text_are_those_of_the_slow_tokenizer(tokenizer: Tokenizer):
         assert tokenizer.decode(ids["ids"]) == ids["decoded"], record["text"]
 
 
+def test_an_id_of_no_token_is_passed_over(tokenizer: Tokenizer, needs):
+    """Published models have more rows than tokens, and sampling may draw any of them."""
+    for known in (tokenizer, needs.tokenizer):
+        ids, none = known.encode("a picture").ids.tolist(), known.vocab_size + 40
+        assert known.decode([none, ids[0], none, *ids[1:], none]) == known.decode(ids)
+        assert known.decode([none]) == ""
+
+
 def test_starts_are_where_the_tokens_stand(tokenizer: Tokenizer):
     for text in ("USER: é 🚪 hi</s>USER: <|im_start|>a", "a<|im_start|> b", "<s>x", "  two", "\u2581a"):
         ids, starts = tokenizer.encode(text)

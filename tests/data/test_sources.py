@@ -202,6 +202,78 @@ def test_other_formats_hold_the_same_examples(tmp_path: Path, data: Path, needs:
     np.testing.assert_array_equal(many.tokens, index.tokens)
 
 
+TEXTS = [f"Which shape has number {number}?" for number in range(6)]
+
+
+def _write_texts(path: Path) -> str:
+    """Six records in groups of two, bare of anything that checks or packs their bytes if the format can do without."""
+    import pyarrow
+    import pyarrow.parquet
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "A square."}] for text in TEXTS]
+    table = pyarrow.table({"conversations": turns})
+    if path.suffix == ".parquet":
+        bare = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        pyarrow.parquet.write_table(table, path, row_group_size=2, **bare)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            for at in range(0, len(turns), 2):
+                stream.write_table(pyarrow.table({"conversations": turns[at : at + 2]}))
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for turn in turns:
+            writer.write(json.dumps({"conversations": turn}).encode())
+        writer.close()
+    return str(path)
+
+
+def _damage(path: str, written: bytes, damaged: bytes) -> None:
+    data = Path(path).read_bytes()
+    assert data.count(written) == 1
+    assert len(damaged) == len(written)
+    Path(path).write_bytes(data.replace(written, damaged))
+
+
+@pytest.mark.parametrize("name", ["data-0.arrow", "a.parquet", "a.array_record"])
+def test_a_damaged_record_is_refused_and_the_others_are_read(tmp_path: Path, needs: Needs, name: str):
+    path = _write_texts(tmp_path / name)
+    clean = load_index(path, ROWS, needs, tmp_path / "cache")
+    _damage(path, b"number 3", b"number\xa03")
+    index = load_index(path, ROWS, needs, tmp_path / "cache")
+    assert index.counts() == {"malformed": 1}
+    assert index.usable.tolist() == [0, 1, 2, 4, 5]
+    np.testing.assert_array_equal(index.tokens[index.usable], clean.tokens[index.usable])
+    assert [index.records[i].turns[0].text for i in index.usable.tolist()] == [*TEXTS[:3], *TEXTS[4:]]
+
+
+def test_arrow_values_outside_their_file_are_refused(tmp_path: Path, needs: Needs):
+    """Where a mapped text lies is a number in the file; pyarrow follows it out of the file, and the process ends."""
+    path = _write_texts(tmp_path / "data-0.arrow")
+    question, answer = len(TEXTS[0]), len("A square.")
+    ends = np.cumsum([0, question, answer, question, answer], dtype=np.int32).tobytes()
+    # Of the first question in the second of three batches.
+    far = ends[:7] + b"\x40" + ends[8:]
+    Path(path).write_bytes(Path(path).read_bytes().replace(ends, far, 2).replace(far, ends, 1))
+    index = load_index(path, ROWS, needs, tmp_path / "cache")
+    assert index.counts() == {"malformed": 1}
+    assert index.usable.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_a_damaged_row_group_of_parquet_costs_its_records_alone(tmp_path: Path, needs: Needs):
+    import pyarrow.parquet
+
+    path = _write_texts(tmp_path / "a.parquet")
+    column = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
+    data = bytearray(Path(path).read_bytes())
+    data[column.data_page_offset : column.data_page_offset + 8] = b"\xff" * 8
+    Path(path).write_bytes(data)
+    index = load_index(path, ROWS, needs, tmp_path / "cache")
+    assert index.counts() == {"malformed": 2}
+    assert index.usable.tolist() == [0, 1, 4, 5]
+    assert "row group 1 of " in index.refused[2]
+
+
 def test_broken_sources_are_named(tmp_path: Path):
     import pyarrow
     import pyarrow.parquet
@@ -296,6 +368,13 @@ def test_a_tfds_split_holds_the_same_examples(tmp_path: Path, data: Path, needs:
     written = [plain.records[i] for i in range(len(records))]
     assert found == sorted(((root / "pictures" / record.images[0]).read_bytes(), record.turns) for record in written)
     assert "tensorflow" not in sys.modules
+    (file,) = Path(source.folder).glob("*.array_record*")
+    damaged = bytearray(file.read_bytes())
+    # Within the second record.
+    damaged[3000] ^= 1
+    file.write_bytes(damaged)
+    index = load_index(source, ROWS, needs._replace(image_root="nowhere"), tmp_path / "cache")
+    assert index.counts() == {"malformed": 1}
 
 
 def test_the_check_counts_by_source_and_packs(tmp_path: Path, data: Path, needs: Needs, capsys):

@@ -206,9 +206,8 @@ def test_only_ends_that_are_no_eos_are_looked_for(processor: Processor):
 def test_a_row_that_stopped_does_not_stop_the_others(model: Model, processor: Processor, prompts: list[Prompt]):
     """A stop string cut from one row's answer ends that row; the others go on as they would alone."""
     plain = generate(model, processor, prompts[:2], Sampling(max_new_tokens=24))
-    word = processor.tokenizer.decode(plain[0].token_ids[2:4]).strip()
-    assert word
-    assert word not in plain[1].text
+    pairs = (processor.tokenizer.decode(plain[0].token_ids[i : i + 2]).strip() for i in range(2, 20))
+    word = next(word for word in pairs if word and word in plain[0].text and word not in plain[1].text)
     stopped = generate(model, processor, prompts[:2], Sampling(max_new_tokens=24, stop=(word,)))
     assert word not in stopped[0].text
     assert stopped[0].finish_reason == "stop"

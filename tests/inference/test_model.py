@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_pictures_are_framed_if_the_card_says_so(model: Model, data: Path, tmp_p
         first, last = np.flatnonzero(tokens == IMAGE_TOKEN)[[0, -1]]
         known = [processor.tokenizer.token_id(name) for name in ("<im_start>", "<im_end>")]
         assert [tokens[first - 1], tokens[last + 1]] == known
+
+
+def test_frames_that_the_tokenizer_would_spell_in_letters_are_refused(copy: Path):
+    card = json.loads((copy / "model.json").read_text()) | {"mm_use_im_start_end": True}
+    (copy / "model.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="tokens <im_start> and <im_end>; the tokenizer of .* does not have both"):
+        load(str(copy))
 
 
 def test_a_named_template_replaces_the_folders(folder: Path):
@@ -187,6 +195,8 @@ def test_pictures_are_read_or_refused_by_name(tmp_path: Path):
     (tmp_path / "words.png").write_text("no picture")
     data = (tmp_path / "red.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    for name in ("missing.png", "words.png", "cut.png", ""):
+    # A colour profile without a byte, behind the pixels: Pillow raises an IndexError.
+    (tmp_path / "profile.png").write_bytes(data[:-12] + struct.pack(">I4sI", 0, b"iCCP", 0) + data[-12:])
+    for name in ("missing.png", "words.png", "cut.png", "profile.png", ""):
         with pytest.raises(UserError, match=f"--image must name a readable picture; '.*{name}' is not"):
             read_images([str(tmp_path / name)])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.data.records import Turn
+from llava_jax.data.templates import TEMPLATES, find_template
 from llava_jax.errors import UserError
 from llava_jax.inference.generate import pad_prompts
 from llava_jax.inference.model import Model, Processor, Prompt
@@ -80,6 +81,16 @@ def test_the_template_joins_the_answer_and_adds_no_end(processor: Processor):
     assert processor.tokenizer.eos_id not in prompt.tokens
     opened = processor.ask([Turn("user", "Sure?")], [])
     np.testing.assert_array_equal(prompt.tokens[~prompt.is_answer], opened.tokens)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_template_adds_to_the_answers_own_words(processor: Processor, name: str):
+    """The `[INST]` templates close an answer with a space and `</s>`."""
+    processor = dataclasses.replace(processor, template=find_template(name))
+    for text in ("yes", "yes ", " yes", "yes.\n", "</s>", "s"):
+        prompt = processor.answered([Turn("user", "Sure?"), Turn("assistant", text)], [])
+        expected = processor.tokenizer.encode(f" {text}").ids.tolist(), processor.tokenizer.encode(text).ids.tolist()
+        assert prompt.tokens[prompt.is_answer].tolist() in expected
 
 
 def test_of_a_longer_conversation_the_last_answer_alone_is_scored(processor: Processor):

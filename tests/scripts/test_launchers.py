@@ -326,6 +326,26 @@ def test_an_xmanager_sweep_is_one_workdir_for_each_combination(monkeypatch: pyte
     ]
 
 
+# How a flag is spelled is absl's affair, so XManager may be away.
+XMANAGER = """
+import runpy, sys
+from unittest.mock import MagicMock
+
+sys.modules["xmanager"] = MagicMock()
+runpy.run_path("scripts/launch_xmanager.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+def test_the_xmanager_launcher_prints_its_work_units_under_either_spelling(tools: Path, flag: str):
+    command = [sys.executable, "-c", XMANAGER, *RUN, flag]
+    done = subprocess.run(command, env=environment(tools), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("local work unit 1, ")
+    assert line.endswith(f"scripts/launch_host.py {TRAIN.removeprefix('llava-jax train ')}")
+
+
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
 def test_the_docstring_of_a_launcher_shows_its_launch_command(path: Path):
     text = path.read_text()
@@ -383,7 +403,7 @@ SWEEP = ("--sweep=optim.learning_rate=1e-3", "--sweep=optim.learning_rate=3e-3")
 
 @pytest.mark.nightly
 def test_xmanager_prints_the_work_units(tools: Path):
-    done = xmanager(tools, *RUN, *SWEEP, "--dry_run")
+    done = xmanager(tools, *RUN, *SWEEP, "--dry-run")
     assert done.returncode == 0, done.stderr
     (first, second) = done.stdout.splitlines()
     assert first.startswith("local work unit 1, ")
