@@ -8,16 +8,17 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.apart import Calls, apart
+from benchmarks.apart import Answer, Calls, apart
 from benchmarks.report import arguments, in_turns, publish, quartiles, rate, ratio
 
 # A system prompt, a picture's features and a short question, as LLaVA-1.5 has them: 46 tokens beside the picture.
 TEXT_TOKENS = 46
+DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 BATCHES = {"cpu": (1, 8), "gpu": (1, 8, 64)}
 # By the name of the row: how ours holds the decoder's linear layers, how transformers generates.
 OURS = {"ours": None, "ours, int8": "int8", "ours, nf4": "nf4"}
@@ -29,46 +30,71 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
 
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=("small", "7b", "tiny"))
-    # Both sides share a GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    count = new_tokens(chosen)
-    bandwidth = read_bandwidth(chosen.device)
-    peers = [] if chosen.only_ours else list(PEERS[chosen.device])
+    # Without it JAX takes three quarters of a GPU, however it allocates.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    makers = dict.fromkeys(OURS, our_calls) | dict.fromkeys(
+        [] if chosen.only_ours else PEERS[chosen.device], peer_calls
+    )
+    seen = Seen({}, {}, {})
+    # On a GPU they do not fit together: one after the other.
+    for names in [list(makers)] if chosen.device == "cpu" else [[name] for name in makers]:
+        with contextlib.ExitStack() as stack:
+            asked = {name: stack.enter_context(apart(makers[name], chosen, name, environment={})) for name in names}
+            measure(chosen, asked, seen)
+        # As soon as one is done: what comes after it may find no room, or no time.
+        report(chosen, seen)
+
+
+class Seen(NamedTuple):
+    """By row and batch: seconds of the first token and of all, and ids; by row of ours: what it is, bytes it reads."""
+
+    seconds: dict[tuple[str, int], tuple[list[float], list[float]]]
+    answers: dict[tuple[str, int], list[list[int]]]
+    facts: dict[str, tuple[str, dict[int, int]]]
+
+    def after_first(self, name: str, batch: int) -> list[float]:
+        return [whole - first for first, whole in zip(*self.seconds[name, batch], strict=True)]
+
+
+def measure(chosen: Any, asked: Mapping[str, Callable[[str], Answer]], seen: Seen) -> None:
+    """Asks all of them in turns, batch after batch."""
+    counts = (1, new_tokens(chosen))
+    for name, side in asked.items():
+        if name in OURS:
+            seen.facts[name] = side("facts").value
+    for batch in BATCHES[chosen.device]:
+        for name, side in asked.items():
+            seen.answers[name, batch] = side(f"{batch} x {counts[1]}").value
+        runs = {
+            (name, count): lambda side=side, call=f"{batch} x {count}": side(call).seconds
+            for name, side in asked.items()
+            for count in counts
+        }
+        seconds = in_turns(runs, repeats=chosen.repeats)
+        for name in asked:
+            seen.seconds[name, batch] = seconds[name, 1], seconds[name, counts[1]]
+
+
+def report(chosen: Any, seen: Seen) -> None:
+    """The table of what was measured so far."""
+    count, bandwidth = new_tokens(chosen), read_bandwidth(chosen.device)
     rows: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(apart(our_calls, chosen, environment={}))
-        asked = dict.fromkeys(OURS, ours)
-        if peers:
-            theirs = stack.enter_context(apart(peer_calls, chosen, environment={}))
-            asked |= dict.fromkeys(peers, theirs)
-        what, bytes_read = ours("facts").value
-        for batch in BATCHES[chosen.device]:
-            answers = {name: side(f"{name}, {batch} x {count}").value for name, side in asked.items()}
-            seconds = in_turns(
-                {
-                    (name, tokens): lambda side=side, call=f"{name}, {batch} x {tokens}": side(call).seconds
-                    for name, side in asked.items()
-                    for tokens in (1, count)
-                },
-                repeats=chosen.repeats,
-            )
-
-            def after_first(name: str, seconds=seconds) -> list[float]:
-                return [a - b for a, b in zip(seconds[name, count], seconds[name, 1], strict=True)]
-
-            for name in asked:
-                decode, is_ours = rate(batch * (count - 1), after_first(name)), name in OURS
-                read = bytes_read[name if is_ours else "ours", batch]
-                row = {"batch": batch, "of": name, "first token, ms": quartiles([1e3 * s for s in seconds[name, 1]])}
-                row["decode, tokens/s"] = decode
-                row["of read bandwidth"] = f"{decode['median'] / batch * read / bandwidth:.0%}"
-                row["first token, peer/ours"] = "" if is_ours else ratio(seconds[name, 1], seconds["ours", 1])
-                row["decode, ours/peer"] = "" if is_ours else ratio(after_first(name), after_first("ours"))
-                row["same ids"] = "" if name == "ours" else _agreement(answers["ours"], answers[name])
-                rows.append(row)
+    for name, batch in sorted(seen.seconds, key=lambda key: key[1]):
+        first, rest = seen.seconds[name, batch][0], seen.after_first(name, batch)
+        decode, is_ours = rate(batch * (count - 1), rest), name in OURS
+        read = seen.facts[name if is_ours else "ours"][1][batch]
+        row = {"batch": batch, "of": name, "first token, ms": quartiles([1e3 * s for s in first])}
+        row["decode, tokens/s"] = decode
+        row["of read bandwidth"] = f"{decode['median'] / batch * read / bandwidth:.0%}"
+        row["first token, peer/ours"] = "" if is_ours else ratio(first, seen.seconds["ours", batch][0])
+        row["decode, ours/peer"] = "" if is_ours else ratio(rest, seen.after_first("ours", batch))
+        row["same ids"] = "" if name == "ours" else _agreement(seen.answers["ours", batch], seen.answers[name, batch])
+        rows.append(row)
     notes = {
-        "what": f"{what}; {count} new tokens, greedy; {chosen.repeats} repeats in turns, each side in a process of its "
-        "own; ratios and ids are those against the row `ours`",
+        "what": f"{seen.facts['ours'][0]}; {count} new tokens, greedy; {chosen.repeats} repeats "
+        f"{'in turns' if chosen.device == 'cpu' else 'of each'}, each row in a process of its own; ratios and ids are "
+        "those against the row `ours`",
         "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
     }
     publish("generate", chosen, rows, notes)
@@ -98,10 +124,8 @@ def make_peer(chosen: Any) -> Any:
     return peer.make_peer(peer.SIZES[chosen.size], device=device, dtype=dtype)
 
 
-def our_calls(chosen: Any) -> Calls:
-    """Ours, with the peer's weights: ids of answers by row, batch and number of tokens; what it is, bytes it reads."""
-    import torch
-
+def our_calls(chosen: Any, name: str) -> Calls:
+    """One of ours, with the peer's weights where there is one: ids of answers by batch and number of tokens; facts."""
     from benchmarks import peer
     from llava_jax import generate
     from llava_jax.data.anyres import one_tile
@@ -111,10 +135,10 @@ def our_calls(chosen: Any) -> Calls:
     from llava_jax.inference.model import Processor
 
     config = peer.SIZES[chosen.size]
-    whole = peer.our_model(config, make_peer(chosen))
-    # What torch still holds of the peer; nothing on a CPU.
-    torch.cuda.empty_cache()
-    models = {name: whole if scheme is None else quantized(whole, scheme) for name, scheme in OURS.items()}
+    model = peer.random_model(config, DTYPES[chosen.device]) if chosen.only_ours else with_weights_of_peer(chosen)
+    size, dtype = sum(v.size for v in model.params.values()), model.dtype
+    if OURS[name] is not None:
+        model = quantized(model, OURS[name])
     processor = Processor(
         tokenizer=_Wordless(),  # pyright: ignore[reportArgumentType]
         template=None,
@@ -123,7 +147,7 @@ def our_calls(chosen: Any) -> Calls:
         num_features=config.num_features,
     )
 
-    def answer(model: Any, prompts: Any, count: int) -> list[list[int]]:
+    def answer(prompts: Any, count: int) -> list[list[int]]:
         return [answer.token_ids for answer in generate(model, processor, prompts, Sampling(max_new_tokens=count))]
 
     calls: dict[str, Any] = {}
@@ -139,14 +163,23 @@ def our_calls(chosen: Any) -> Calls:
             for ids, tile in zip(*draw(config, batch), strict=True)
         ]
         for count in (1, new_tokens(chosen)):
-            for name, model in models.items():
-                calls[f"{name}, {batch} x {count}"] = functools.partial(answer, model, prompts, count)
-    size, dtype = sum(v.size for v in whole.params.values()), next(iter(whole.params.values())).dtype
+            calls[f"{batch} x {count}"] = functools.partial(answer, prompts, count)
     length = TEXT_TOKENS + config.num_features
     what = f"{size:,} parameters, {dtype}; prompts of {length} tokens, one picture"
     middle = length + new_tokens(chosen) // 2
-    read = {(name, b): decode_bytes(model, b, middle) for name, model in models.items() for b in batches}
+    read = {batch: decode_bytes(model, batch, middle) for batch in batches}
     return calls | {"facts": lambda: (what, read)}
+
+
+def with_weights_of_peer(chosen: Any) -> Any:
+    import torch
+
+    from benchmarks import peer
+
+    model = peer.our_model(peer.SIZES[chosen.size], make_peer(chosen))
+    # What torch still holds of the peer; nothing on a CPU.
+    torch.cuda.empty_cache()
+    return model
 
 
 def quantized(model: Any, scheme: Any) -> Any:
@@ -166,8 +199,8 @@ def quantized(model: Any, scheme: Any) -> Any:
     return dataclasses.replace(model, graphdef=graphdef, params=place_all(model.params, held))
 
 
-def peer_calls(chosen: Any) -> Calls:
-    """The peer: ids of answers by row, batch and number of tokens."""
+def peer_calls(chosen: Any, name: str) -> Calls:
+    """The peer: ids of answers by batch and number of tokens."""
     import torch
     import transformers
 
@@ -178,7 +211,9 @@ def peer_calls(chosen: Any) -> Calls:
     transformers.logging.set_verbosity_error()
     config, theirs = peer.SIZES[chosen.size], make_peer(chosen)
 
-    def answer(inputs: Any, count: int, options: Any) -> list[list[int]]:
+    options = PEERS[chosen.device][name]
+
+    def answer(inputs: Any, count: int) -> list[list[int]]:
         with torch.inference_mode():
             found = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
         return found[:, inputs["input_ids"].shape[1] :].tolist()
@@ -192,10 +227,9 @@ def peer_calls(chosen: Any) -> Calls:
             "attention_mask": torch.ones(tokens.shape, dtype=torch.int64),
             "pixel_values": torch.tensor(normal.transpose(0, 3, 1, 2), dtype=theirs.dtype),
         }
-        inputs = {name: value.to(theirs.device) for name, value in inputs.items()}
-        for name, options in PEERS[chosen.device].items():
-            for count in (1, new_tokens(chosen)):
-                calls[f"{name}, {batch} x {count}"] = functools.partial(answer, inputs, count, options)
+        inputs = {key: value.to(theirs.device) for key, value in inputs.items()}
+        for count in (1, new_tokens(chosen)):
+            calls[f"{batch} x {count}"] = functools.partial(answer, inputs, count)
     return calls
 
 

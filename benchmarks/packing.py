@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.grouping import group_by_modality_length
 from llava_jax.data.index import Index
 from llava_jax.data.mix import Mix, Part, Records
-from llava_jax.data.plan import make_plan
+from llava_jax.data.plan import Plan, make_plan
 from llava_jax.data.records import RecordFile
 from llava_jax.data.rows import Size
 
@@ -38,6 +38,7 @@ PARTS = {
     "Visual Genome": (86_417, 130, 0.30, True),
 }
 DEVICES, PER_DEVICE = 8, 16
+MESHES = ((1, 16), (1, 64), (8, 2), (8, 16), (16, 8), (32, 1), (32, 4), (64, 1), (64, 2))
 ROWS = (Size(2048, 3), Size(1792, 3), Size(4096, 7))
 
 
@@ -87,6 +88,14 @@ def padded(lengths: Lengths, order: np.ndarray, per_device: int) -> tuple[int, i
 
 def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, int, int, int]:
     """Steps, slots, real tokens and most records of a row of our plan, padding rows and the last step included."""
+    plan = planned(lengths, capacity, DEVICES, **batch)
+    # The last rows of an epoch may not fill a step; every row takes its slots.
+    real = int(np.minimum(lengths.tokens, capacity.tokens).sum())
+    return plan.num_steps, plan.num_rows * capacity.tokens, real, plan.most_records
+
+
+def planned(lengths: Lengths, capacity: Size, rows_multiple: int, **batch: int | None) -> Plan:
+    """One epoch's rows."""
     count, tokens = len(lengths.tokens), np.minimum(lengths.tokens, capacity.tokens)
     file = RecordFile("drawn", np.zeros((count, 2), np.int64))
     index = Index(
@@ -97,9 +106,22 @@ def packed(lengths: Lengths, capacity: Size, **batch: int | None) -> tuple[int, 
         fingerprint="",
     )
     settings = {"batch_rows": None, "batch_records": None} | batch
-    plan = make_plan(index, capacity, seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=DEVICES, **settings)
-    # The last rows of an epoch may not fill a step; every row takes its slots.
-    return plan.num_steps, plan.num_rows * capacity.tokens, int(tokens.sum()), plan.most_records
+    return make_plan(
+        index, capacity, seed=0, shuffle=True, epochs=1, steps=None, rows_multiple=rows_multiple, **settings
+    )
+
+
+def skipped(lengths: Lengths, devices: int, accumulation: int) -> str:
+    """What is left of a recipe's steps on so many devices when micro-batches without a record are skipped."""
+    capacity = ROWS[0]
+    plan = planned(lengths, capacity, devices * accumulation, batch_records=DEVICES * PER_DEVICE)
+    at_a_time = plan.rows_per_step // accumulation
+    computed = -(-plan.rows_used() // at_a_time) * at_a_time
+    real = int(lengths.tokens.sum()) / capacity.tokens
+    return (
+        f"| {devices} | {accumulation} | {at_a_time // devices} | {plan.rows_per_step} | {computed.mean():.1f} | "
+        f"{real / plan.num_rows:.1%} | {real / computed.sum():.1%} |"
+    )
 
 
 def _rows(name: str, lengths: Lengths, per_device: int, *, grouped: bool) -> list[str]:
@@ -148,6 +170,12 @@ def main() -> None:
     print("\n".join(_rows("mix665k", mix, PER_DEVICE, grouped=True)), flush=True)
     captions = captions558k(np.random.default_rng(0))
     print("\n".join(_rows("558k captions", captions, 32, grouped=False)), flush=True)
+    print("\nA step of 128 records of the mix in rows of 2048, on more and fewer devices. `accumulation` cuts its rows")
+    print("into micro-batches; those without a record are skipped.\n")
+    print("| devices | accumulation | at a time on a device | rows | rows computed | real of all | real of computed |")
+    print("|---|---|---|---|---|---|---|")
+    for devices, accumulation in MESHES:
+        print(skipped(mix, devices, accumulation), flush=True)
     print(head)
     for stretch in (0.5, 2.0):
         lengths = mix665k(np.random.default_rng(0), stretch)

@@ -1,14 +1,13 @@
 """The peer that users have, transformers on torch, and our model with the very same random weights."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import torch
-import transformers
 
 from llava_jax.convert.layouts import from_huggingface
 from llava_jax.inference.model import Model
@@ -51,8 +50,11 @@ def image_id(config: LlavaConfig) -> int:
     return config.text.vocab_size + IMAGE_ID_FROM_END
 
 
-def make_peer(config: LlavaConfig, *, device: str, dtype: torch.dtype, **options: Any) -> Any:
+def make_peer(config: LlavaConfig, *, device: str, dtype: Any, **options: Any) -> Any:
     """`LlavaForConditionalGeneration` with random weights whose answers vary; attention as transformers chooses it."""
+    import torch
+    import transformers
+
     vision, text = config.vision, config.text
     theirs = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -103,7 +105,28 @@ def our_model(config: LlavaConfig, peer: Any) -> Model:
     return Model(config=config, graphdef=structure(config)[0], params=jax.block_until_ready(params))
 
 
-def _numpy(value: torch.Tensor) -> np.ndarray:
+def random_model(config: LlavaConfig, dtype: Any) -> Model:
+    """Ours alone, with weights of the same spread."""
+    graphdef, shapes = structure(config)
+
+    # Compiled once for each shape, of which there are few.
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(key: Any, shape: tuple[int, ...], scale: float) -> jax.Array:
+        return (scale * jax.random.normal(key, shape)).astype(dtype)
+
+    def draw(number: int, name: str, shape: tuple[int, ...]) -> jax.Array:
+        if len(shape) < 2:
+            return (jnp.ones if name.endswith(".scale") else jnp.zeros)(shape, dtype)
+        scale = 1.0 if name.endswith("embed_tokens.embedding") else shape[0] ** -0.5
+        return normal(jax.random.key(number), shape, scale)
+
+    params = {name: draw(number, name, value.shape) for number, (name, value) in enumerate(shapes.items())}
+    return Model(config=config, graphdef=graphdef, params=jax.block_until_ready(params))
+
+
+def _numpy(value: Any) -> np.ndarray:
+    import torch
+
     value = value.detach().cpu()
     if value.dtype == torch.bfloat16:
         return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -97,11 +97,11 @@ def _report(plans: dict[str, Any]) -> str:
 
 What the compilers say on a CPU, {", ".join(methods)}: `python -m benchmarks.plans`, a row being the output of
 `llava-jax plan --config configs/CONFIG.py --topology TOPOLOGY --set ...` as its first cell has it. One row of tokens a
-record is assumed, as the data are not there to be packed; with packing a step has fewer rows. All devices are on the
-mesh's `fsdp` axis, unless a row says otherwise. GiB of one chip; total = arguments + outputs - aliased + temporaries +
-code, all of which the compiler lays out itself; if that is more, arguments + the copy that a save makes of what is
-trained. `MFU at most` follows from the lower bound of the step's time: it is no estimate of either. A row is of the
-code of its day.
+record is assumed, as the data are not there to be packed; with packing they hold less, and micro-batches without a
+record are skipped. All devices are on the mesh's `fsdp` axis, unless a row says otherwise. GiB of one chip; total =
+arguments + outputs - aliased + temporaries + code, all of which the compiler lays out itself; if that is more,
+arguments + the copy that a save makes of what is trained. `MFU at most` follows from the lower bound of the step's
+time: it is no estimate of either. A row is of the code of its day.
 
 A slice of half the chips of the smallest here is too small. There `arguments` double, and the copy of a save doubles
 them again: more than a chip has for 7B on a `v5e:2x4` or `v6e:2x2`, 13B on a `v5e:4x4`, 34B on eight chips of v5p. Of

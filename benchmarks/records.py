@@ -53,7 +53,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if chosen.only:
-        steps = {"write": _write, "first": _first_start, "again": _second_start}
+        steps = {"write": write, "first": _first_start, "again": _second_start}
         print(json.dumps(steps[chosen.only](chosen.folder, chosen.name, chosen.share)))
         return
     from benchmarks.report import as_table, machine
@@ -79,7 +79,8 @@ def main() -> None:
     print(as_table([{"what": key} | {row["file"]: row[key] for row in rows} for key in rows[0] if key != "file"]))
 
 
-def _write(folder: Path, name: str, share: float) -> dict[str, Any]:
+def write(folder: Path, name: str, share: float) -> dict[str, Any]:
+    """Writes the pictures, the tokenizer's folder and the records of one of the configs."""
     from benchmarks.images import write_photographs
 
     rng = np.random.default_rng(0)
@@ -91,6 +92,8 @@ def _write(folder: Path, name: str, share: float) -> dict[str, Any]:
     assert package is not None, "pip install mistral-common"
     assert package.origin is not None
     shutil.copyfile(Path(package.origin).parent / "data" / "tokenizer.model.v1", tokenizer / "tokenizer.model")
+    # As Vicuna-7B v1.5 has it.
+    (tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
     words = " ".join(pydoc_data.topics.topics.values()).split()
     with open(path, "w") as file:
         file.write("[")
@@ -145,7 +148,8 @@ def _text(length: int, words: list[str], rng: np.random.Generator) -> str:
     return text
 
 
-def _config(folder: Path, name: str):
+def config_of(folder: Path, name: str):
+    """The config, to read what `write` wrote."""
     from llava_jax.train.config import load_config
 
     fields = {
@@ -164,7 +168,7 @@ def _first_start(folder: Path, name: str, share: float) -> dict[str, Any]:
     from llava_jax.train.loop import data_needs
 
     del share
-    config, cache = _config(folder, name), folder / "cache" / name
+    config, cache = config_of(folder, name), folder / "cache" / name
     shutil.rmtree(cache, ignore_errors=True)
     imported = _megabytes(resource.RUSAGE_SELF)
     start = time.perf_counter()
@@ -192,7 +196,7 @@ def _second_start(folder: Path, name: str, share: float) -> dict[str, Any]:
     from llava_jax.train.loop import data_needs, plan_data
 
     del share
-    config = _config(folder, name)
+    config = config_of(folder, name)
     start = time.perf_counter()
     needs = data_needs(config)
     index = load_index(config.data.records, config.data.rows, needs, folder / "cache" / name)

@@ -24,13 +24,15 @@ AXES = ("rows", "slots a row", "pictures a row", "layers")
 def main() -> None:
     chosen = arguments((__doc__ or "").splitlines()[0], sizes=tuple(BASES))
     chosen.stage = "stage2"
+    from benchmarks import peer
+
     rows: list[dict[str, Any]] = []
     for axis, name in enumerate(AXES):
         first = None
         for factor in (1, 2, 4):
             case = [size * (factor if i == axis else 1) for i, size in enumerate(BASES[chosen.size])]
-            # A row must hold all of its pictures.
-            case[1] *= 2 if name == "pictures a row" else 1
+            # A row must hold all of its pictures, and answers beside them.
+            case[1] += 4 * peer.SIZES[chosen.size].num_features if name == "pictures a row" else 0
             seconds, flops = measure(chosen, *case)
             cost = float(np.median(seconds)) / flops
             first = first or cost
@@ -58,8 +60,12 @@ def measure(chosen: Any, num_rows: int, length: int, pictures: int, layers: int)
     examples = conversations([share] * (num_rows * pictures), config, num_text=0)
     rows = [list(range(row * pictures, (row + 1) * pictures)) for row in range(num_rows)]
     batch = ours.place(ours.rows(examples, rows, length, pictures))
-    seconds = in_turns({"step": lambda: ours.step(batch) and None}, repeats=chosen.repeats)["step"]
-    return seconds, ours.flops(batch)
+
+    def step() -> None:
+        loss = ours.step(batch)
+        assert loss > 0, "a row must have room for its answers"
+
+    return in_turns({"step": step}, repeats=chosen.repeats, warmups=2)["step"], ours.flops(batch)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ full rows. `mixed` gives both the same conversations: the peer's in padded batch
 """
 
 import contextlib
+import functools
 import os
 import time
 import types
@@ -37,7 +38,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "small": Job(length=512, tiles=8, dense=(4, 256), conversations=128, batch=16, rank=16),
-    "7b": Job(length=2048, tiles=8, dense=(4, 2048), conversations=256, batch=16, rank=128),
+    "7b": Job(length=2048, tiles=3, dense=(4, 2048), conversations=256, batch=16, rank=128),
     "tiny": Job(length=256, tiles=8, dense=(2, 64), conversations=8, batch=4, rank=4),
 }
 # Devices of the original's run, among which a megabatch is split evenly.
@@ -62,14 +63,16 @@ def main() -> None:
     # One that you have exported would reach the peer as well.
     os.environ.pop("GLIBC_TUNABLES", None)
     from llava_jax.heap import HEAP
-    from llava_jax.train.flops import CONVENTION
+    from llava_jax.train.environment import GPU_FLAGS
 
-    heap = {"GLIBC_TUNABLES": HEAP} if chosen.device == "cpu" else {}
-    # Ours with the heap that `llava-jax train` starts itself with; the peer as its users start it, and with ours.
-    sides: dict[str, tuple[Callable[[Any], Calls], Mapping[str, str]]] = {"ours": (our_calls, heap)}
+    heap = {"GLIBC_TUNABLES": HEAP}
+    # Ours with the heap, or with the sums in a fixed order, that `llava-jax train` starts itself with.
+    started = heap if chosen.device == "cpu" else {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS[0]}"}
+    sides: dict[str, tuple[Callable[[Any], Calls], Mapping[str, str]]] = {"ours": (our_calls, started)}
+    # The peer as its users start it, and with our heap.
     if not chosen.only_ours:
         sides["transformers"] = peer_calls, {}
-        if heap:
+        if chosen.device == "cpu":
             sides["transformers, our heap"] = peer_calls, heap
     seconds: dict[tuple[str, str], list[float]] = {}
     facts: dict[str, Facts] = {}
@@ -83,6 +86,13 @@ def main() -> None:
                 facts[name] = asked[name]("facts").value
             seconds |= timed(asked, chosen.repeats)
             facts |= {name: side("facts").value for name, side in asked.items()}
+        # As soon as one side is done: what comes after it may find no room, or no time.
+        report(chosen, seconds, facts)
+
+
+def report(chosen: Any, seconds: Mapping[tuple[str, str], list[float]], facts: Mapping[str, "Facts"]) -> None:
+    """The table of the sides that have run."""
+    from llava_jax.train.flops import CONVENTION
 
     ours, peak = facts["ours"], peak_flops(chosen.device)
     rows = []
@@ -189,13 +199,14 @@ def peer_calls(chosen: Any) -> Calls:
 def our_calls(chosen: Any) -> Calls:
     """Ours, on a CPU with the peer's weights: its dense step, its mixed ones, and its facts."""
     import jax
-    import torch
 
     from benchmarks import peer
 
     data = make_data(chosen)
     weights = None
     if chosen.device == "cpu" and not chosen.only_ours:
+        import torch
+
         weights = peer.our_model(data.config, peer.make_peer(data.config, device="cpu", dtype=torch.float32)).params
     ours = Ours(chosen, data.config, weights, stacked=chosen.stacked)
     dense = ours.place(ours.rows(data.dense, [[i] for i in range(len(data.dense))], data.job.dense[1], 1))
@@ -204,7 +215,7 @@ def our_calls(chosen: Any) -> Calls:
     loss = ours.step(dense)
     compiling = time.perf_counter() - begin
     slots = {"dense": data.tokens()["dense"], "mixed": num_rows * data.job.length}
-    flops = {"dense": ours.flops(dense), "mixed": sum(map(ours.flops, mixed))}
+    flops = {"dense": ours.flops(dense), "mixed": len(mixed) * ours.flops(mixed[0])}
     what = (
         f"{ours.size:,} parameters, {ours.config.compute_dtype}; mixed {len(data.mixed)} conversations of "
         f"{data.tokens()['mixed']:,} tokens, {len(data.grouped)} batches of {data.job.batch} against {len(mixed)} of "
@@ -355,16 +366,17 @@ class Ours:
         if weights is not None and stacked:
             weights = stack_layers(weights)
 
+        # Compiled once for each shape, of which there are few.
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def normal(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+            return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
         def draw(name: str, target: Any) -> Any:
             if weights is not None and name in weights:
                 return jax.device_put(jnp.array(weights[name], target.dtype), target.sharding)
             if name.endswith(lora.B):
                 return jnp.zeros(target.shape, target.dtype, device=target.sharding)
-            key = jax.random.key(len(name))
-            return jax.jit(
-                lambda: (0.02 * jax.random.normal(key, target.shape)).astype(target.dtype),
-                out_shardings=target.sharding,
-            )()
+            return jax.device_put(normal(jax.random.key(len(name)), target.shape, target.dtype), target.sharding)
 
         self.trainable = {name: draw(name, target) for name, target in trainable.items()}
         self.frozen = {name: draw(name, target) for name, target in frozen.items()}
@@ -434,14 +446,14 @@ class Ours:
 
 def peak_flops(device: str) -> float:
     """FLOP/s: the GPU's data sheet (dense bfloat16), or the best float32 matrix product of torch on this CPU."""
-    import torch
-
     if device == "gpu":
         import jax
 
         from llava_jax.chips import KINDS
 
         return KINDS[jax.devices()[0].device_kind].flops
+    import torch
+
     x = torch.ones(2048, 2048)
     seconds = []
     for _ in range(40):

@@ -1,6 +1,8 @@
-"""Options of XLA that suit a device."""
+"""Options of XLA that suit a device, and the precision of products."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +31,16 @@ def compiler_options(device: Any) -> dict[str, str] | None:
     """
     options = OPTIONS.get(device.platform)
     return options if options and _are_known(options, device) else None
+
+
+@contextlib.contextmanager
+def products_in(dtype: jax.typing.DTypeLike) -> Iterator[None]:
+    """What is traced inside, or by a function that this decorates, multiplies float32 in float32 if that is the dtype.
+
+    By default GPUs round the operands to TensorFloat-32, and TPUs to bfloat16.
+    """
+    with jax.default_matmul_precision("float32") if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext():
+        yield
 
 
 def _are_known(options: dict[str, str], device: Any) -> bool:

@@ -116,10 +116,12 @@ def _traffic(layout: Layout, batch: Mapping[str, Any], rows: int, width: int) ->
 
 
 def _passes(config: Any, name: str) -> int:
-    """How often a parameter is needed: forward, backward, and forward again."""
-    if part(name) in ("tower", "projector") and part(name) not in config.trainable:
+    """How often a parameter is needed: forward, backward, and forward again if its products are computed again."""
+    is_frozen = part(name) in ("tower", "projector") and part(name) not in config.trainable
+    # The head's gradient is made with its loss, and the embedding's needs no embedding.
+    if is_frozen or ".layers." not in name:
         return 1
-    return 2 if config.remat == "nothing" or ".layers." not in name else 3
+    return 2 if config.remat in ("nothing", "elementwise") else 3
 
 
 def shard_bytes(tree: Any) -> int:

@@ -266,7 +266,7 @@ def _assumptions(job: Job, topology: str, *, fits: bool) -> list[str]:
         said.append(
             f"one row per record, as no index of the data is read: {data.batch_records} records in {job.num_rows} rows"
             + (f", {job.num_rows - data.batch_records} of them padding" if job.num_rows > data.batch_records else "")
-            + "; packing needs fewer rows"
+            + "; packed records need fewer rows, and micro-batches without any are skipped"
         )
     said += [
         "step_seconds_lower_bound: no step can be faster than the largest of its parts at published peaks, with all "

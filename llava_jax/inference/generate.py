@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-from llava_jax.compiler import compiler_options
+from llava_jax.compiler import compiler_options, products_in
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import UserError
@@ -161,7 +161,8 @@ def _decode(
     static = {"graphdef": model.graphdef, "is_greedy": sampling.temperature == 0.0, "stop_ids": stop_ids}
     length = -(-(inputs.tokens.shape[1] + sampling.max_new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     prefill, advance = _programs(jax.local_devices()[0])
-    state = prefill(model.params, inputs, choose, cache_length=length, **static)
+    with products_in(model.dtype):
+        state = prefill(model.params, inputs, choose, cache_length=length, **static)
     texts: list[list[int]] = [[] for _ in prompts]
     rows_done = np.zeros(len(prompts), bool)
     new = np.asarray(state.token)[:, None]
@@ -185,7 +186,8 @@ def _decode(
         if steps == 0 or rows_done.all():
             return
         state = state._replace(is_done=jnp.asarray(rows_done))
-        state, new = advance(model.params, state, choose, jnp.int32(steps), **static)
+        with products_in(model.dtype):
+            state, new = advance(model.params, state, choose, jnp.int32(steps), **static)
         count += steps
         new = np.asarray(new)[:, :steps]
 

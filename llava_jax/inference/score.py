@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llava_jax.compiler import products_in
 from llava_jax.errors import UserError
 from llava_jax.inference.generate import Inputs, pad_prompts
 from llava_jax.inference.model import Model, Prompt
@@ -44,7 +45,8 @@ def score(model: Model, prompts: Sequence[Prompt]) -> list[Score]:
                 f"Prompt and answer must fit {model.config.text.max_positions} positions; got {len(prompt.tokens)} "
                 "tokens. Shorten either."
             )
-    logprobs = np.asarray(_logprobs(model.params, pad_prompts(prompts), graphdef=model.graphdef))
+    with products_in(model.dtype):
+        logprobs = np.asarray(_logprobs(model.params, pad_prompts(prompts), graphdef=model.graphdef))
     scores = []
     for row, prompt in enumerate(prompts):
         at = np.flatnonzero(prompt.is_answer)

@@ -63,11 +63,17 @@ def random_parameters(config: ModelConfig, parts: Collection[str], *, seed: int)
 
     Each depends on the seed and its path alone: not on the other parts, nor on devices or hosts.
     """
-    return {
-        name: initial_value(name, value.shape, np.random.default_rng((seed, zlib.crc32(name.encode()))))
-        for name, value in structure(config)[1].items()
-        if part(name) in parts
-    }
+    shapes = {name: value.shape for name, value in structure(config)[1].items() if part(name) in parts}
+
+    def draw(name: str) -> np.ndarray:
+        rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
+        if part(name) != "projector":
+            return initial_value(name, shapes[name], rng)
+        # What `torch.nn.Linear` starts from, and so the original's projector: kernel and bias alike.
+        bound = shapes[name.replace(".bias", ".kernel")][0] ** -0.5
+        return rng.uniform(-bound, bound, shapes[name]).astype(np.float32)
+
+    return {name: draw(name) for name in shapes}
 
 
 def initial_value(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

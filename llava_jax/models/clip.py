@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Linear, Remat, as_held, make_layers, run_layers
+from llava_jax.models.layers import Embed, LayerNorm, Linear, Remat, make_layers, run_layers
 from llava_jax.shapes import Activation, CaptionConfig, ClipConfig, FeatureSelect, VisionConfig
 
 # OpenAI's statistics of red, green and blue (`OPENAI_CLIP_MEAN`, `OPENAI_CLIP_STD` of transformers).
@@ -75,9 +75,9 @@ class ClipLayer(nnx.Module):
     """One pre-norm transformer layer (`CLIPEncoderLayer` of transformers)."""
 
     def __init__(self, config: VisionConfig | CaptionConfig, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.layer_norm1 = _layer_norm(config, param_dtype, rngs)
+        self.layer_norm1 = LayerNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.self_attn = ClipAttention(config.embed_dim, config.num_heads, param_dtype=param_dtype, rngs=rngs)
-        self.layer_norm2 = _layer_norm(config, param_dtype, rngs)
+        self.layer_norm2 = LayerNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.mlp = ClipMlp(config.embed_dim, config.hidden_dim, config.activation, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t e"], scope: Scope, attend: Attend) -> Float[Array, "b t e"]:
@@ -97,11 +97,11 @@ class ClipTower(nnx.Module):
         self.patch_embedding = Linear(p * p * 3, e, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.class_embedding = nnx.Param(jnp.zeros((e,), param_dtype))
         self.position_embedding = nnx.Param(jnp.zeros((1 + config.num_patches, e), param_dtype))
-        self.pre_layernorm = _layer_norm(config, param_dtype, rngs)
+        self.pre_layernorm = LayerNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         make = functools.partial(ClipLayer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
         self.num_layers = config.num_layers
-        self.post_layernorm = _layer_norm(config, param_dtype, rngs)
+        self.post_layernorm = LayerNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.patch_size = p
 
     def hidden(
@@ -141,9 +141,17 @@ class ClipTower(nnx.Module):
         hidden = self.hidden(images, depth=depth, attend=attend, constrain=constrain, remat=remat)
         return hidden if select == "cls_patch" else hidden[:, 1:]
 
-    def pooled(self, images: UInt8[Array, "n height width 3"], *, attend: Attend = attend_xla) -> Float[Array, "n e"]:
+    def pooled(
+        self,
+        images: UInt8[Array, "n height width 3"],
+        *,
+        attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
+    ) -> Float[Array, "n e"]:
         """The normed class token after the last layer (`pooler_output` of transformers)."""
-        return self.post_layernorm(self.hidden(images, attend=attend)[:, 0])
+        hidden = self.hidden(images, attend=attend, constrain=constrain, remat=remat)
+        return self.post_layernorm(hidden[:, 0])
 
 
 class ClipCaption(nnx.Module):
@@ -151,22 +159,27 @@ class ClipCaption(nnx.Module):
 
     def __init__(self, config: CaptionConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         e = config.embed_dim
-        self.token_embedding = nnx.Embed(
-            config.vocab_size, e, param_dtype=param_dtype, promote_dtype=as_held, rngs=rngs
-        )
+        self.token_embedding = Embed(config.vocab_size, e, param_dtype=param_dtype, rngs=rngs)
         self.position_embedding = nnx.Param(jnp.zeros((config.context_length, e), param_dtype))
         make = functools.partial(ClipLayer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
-        self.final_layer_norm = _layer_norm(config, param_dtype, rngs)
+        self.final_layer_norm = LayerNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.eos_id = config.eos_id
 
-    def pooled(self, tokens: Int[Array, "n t"], *, attend: Attend = attend_xla) -> Float[Array, "n e"]:
+    def pooled(
+        self,
+        tokens: Int[Array, "n t"],
+        *,
+        attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
+    ) -> Float[Array, "n e"]:
         """The normed hidden state at each caption's first end-of-sequence token."""
         n, t = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(t), (n, t))
         scope = Scope(query_positions=positions, key_positions=positions, causal=True)
         x = self.token_embedding(tokens) + self.position_embedding[:t][None]
-        x = run_layers(self.layers, x, lambda layer, x: layer(x, scope, attend))
+        x = run_layers(self.layers, constrain(x), lambda layer, x: constrain(layer(x, scope, attend)), remat=remat)
         ends = jnp.argmax(tokens == self.eos_id, axis=1)
         return self.final_layer_norm(jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0])
 
@@ -188,25 +201,26 @@ class Clip(nnx.Module):
         tokens: Int[Array, "n t"],
         *,
         attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
     ) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
         """Unit vectors of the images and of the captions."""
-        image = self.visual_projection(self.tower.pooled(images, attend=attend))
-        return unit(image), self.embed_captions(tokens, attend=attend)
+        image = self.visual_projection(self.tower.pooled(images, attend=attend, constrain=constrain, remat=remat))
+        return unit(image), self.embed_captions(tokens, attend=attend, constrain=constrain, remat=remat)
 
-    def embed_captions(self, tokens: Int[Array, "n t"], *, attend: Attend = attend_xla) -> Float[Array, "n c"]:
+    def embed_captions(
+        self,
+        tokens: Int[Array, "n t"],
+        *,
+        attend: Attend = attend_xla,
+        constrain: Constrain = unconstrained,
+        remat: Remat = None,
+    ) -> Float[Array, "n c"]:
         """Unit vectors of the captions."""
-        return unit(self.text_projection(self.caption.pooled(tokens, attend=attend)))
+        pooled = self.caption.pooled(tokens, attend=attend, constrain=constrain, remat=remat)
+        return unit(self.text_projection(pooled))
 
 
 def unit(x: Float[Array, "n c"]) -> Float[Array, "n c"]:
     """Vectors of length one."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _layer_norm(
-    config: VisionConfig | CaptionConfig, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses half the digits; parity with torch needs the slow one.
-    return nnx.LayerNorm(
-        config.embed_dim, epsilon=config.norm_eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
-    )

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
-from llava_jax.models.layers import Linear, Remat, as_held, make_layers, run_layers
+from llava_jax.models.layers import Embed, Linear, Remat, make_layers, run_layers
 from llava_jax.shapes import LinearScaling, Llama3Scaling, RopeScaling, TextConfig
 
 
@@ -102,7 +102,7 @@ def _shift(x: Float[Array, "b t n h"], by: int) -> Float[Array, "b t n h"]:
 
 
 class RMSNorm(nnx.Module):
-    """`LlamaRMSNorm`: the mean square in float32, the scale applied after the cast back."""
+    """`LlamaRMSNorm`: the mean square in float32, the scale applied after the cast back; it may be float32 itself."""
 
     def __init__(self, dim: int, eps: float, *, param_dtype: jax.typing.DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype))
@@ -111,7 +111,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * wide.astype(x.dtype)
+        return (self.scale[...] * wide.astype(x.dtype)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -199,9 +199,7 @@ class Llama(nnx.Module):
     """The decoder without its input: it takes embeddings, since a picture has no token ids."""
 
     def __init__(self, config: TextConfig, *, stacked: bool, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.embed_dim, param_dtype=param_dtype, promote_dtype=as_held, rngs=rngs
-        )
+        self.embed_tokens = Embed(config.vocab_size, config.embed_dim, param_dtype=param_dtype, rngs=rngs)
         make = functools.partial(Layer, config, param_dtype=param_dtype, rngs=rngs)
         self.layers = make_layers(make, config.num_layers, stacked=stacked)
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype=param_dtype)

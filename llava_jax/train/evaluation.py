@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from llava_jax.compiler import compiler_options
+from llava_jax.compiler import compiler_options, products_in
 from llava_jax.data.index import check_refusals, load_index
 from llava_jax.data.pipeline import RowReader, read_batches
 from llava_jax.data.plan import make_plan
@@ -68,6 +68,7 @@ class HeldOut:
 
         context = make_context(config, mesh, most_records=plan.most_records)
 
+        @products_in(config.compute_dtype)
         def sums(
             trainable: Parameters, frozen: Parameters, batch: dict[str, Array], votes: Int[Array, " devices"]
         ) -> tuple[Array, Array, Array]:

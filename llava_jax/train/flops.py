@@ -130,7 +130,9 @@ def _equation_flops(equation: JaxprEqn, reached: list[bool]) -> tuple[int, list[
         return _scan_flops(parameters, reached)
     if name == "cond":
         branches = [matmul_flops(_open(branch), reached[1:]) for branch in parameters["branches"]]
-        return max(flops for flops, _ in branches), [any(r) for r in zip(*(r for _, r in branches), strict=True)]
+        # What is done in another way on some devices takes as much as the cheapest of them, at least.
+        choose = max if parameters.get("branches_platforms") is None else min
+        return choose(flops for flops, _ in branches), [any(r) for r in zip(*(r for _, r in branches), strict=True)]
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in parameters:
             return matmul_flops(_open(parameters[key]), reached)

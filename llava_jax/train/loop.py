@@ -90,7 +90,7 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
     if processes.is_first():
         print(f"{name}: {save_forecast(mirror.workdir, (state.trainable, state.opt_state))}", flush=True)
 
-    places = process_places(mesh, plan.rows_per_step)
+    places = process_places(mesh, plan.rows_per_step, accumulation=config.accumulation)
     reader = RowReader(index=index, plan=plan, rows=config.data.rows, needs=needs, first_step=state.step, places=places)
     held_out = None
     if config.life.eval_every is not None:
@@ -123,7 +123,7 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
             state.trainable, state.opt_state, metrics = compiled(*arguments)
             report.add(state.step, metrics)
             check_replaced(report.num_replaced, plan.num_records(first_step, state.step), config.data.max_refused)
-            profiler.after(state.step)
+            profiler.after(state.step, metrics)
             state.step += 1
             watchdog.beat()
             clock.lap("step")
@@ -196,13 +196,16 @@ def _summary(config: TrainConfig, index: Index, plan: Plan, state: State) -> str
     """One line that says what is about to run."""
     refused = ", ".join(f"{count} {reason}" for reason, count in index.counts().items())
     used = int(index.tokens[plan.records].sum())
-    full = plan.num_rows * config.data.rows.capacity.tokens
+    # Micro-batches without a record are skipped.
+    rows_at_a_time = plan.rows_per_step // config.accumulation
+    needed = -(-plan.rows_used() // rows_at_a_time) * rows_at_a_time
+    computed = int(needed.sum()) * config.data.rows.capacity.tokens
     trained = sum(value.size for value in state.trainable.values())
     total = trained + sum(value.size for value in state.frozen.values())
     return (
         f"{len(index.usable):,} of {len(index.records):,} records usable"
         + (f" (refused: {refused})" if refused else "")
-        + f"; {plan.num_steps:,} steps of {plan.rows_per_step} rows, {used / full:.1%} full; "
+        + f"; {plan.num_steps:,} steps of {needed.mean():.4g} rows, {used / computed:.1%} full; "
         + f"training {trained:,} of {total:,} parameters"
         + (f"; resuming at step {state.step:,}" if state.step else "")
     )

@@ -168,7 +168,7 @@ class Report:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._last = time.perf_counter()
         self.num_replaced = 0
-        # Of one step; None where the devices have no published peak, and so no MFU.
+        # Of one step without skipped micro-batches; None where the devices have no published peak, and so no MFU.
         self.seconds_at_peak: float | None = None
         # Devices whose process was asked to stop, as the newest finished step counted them.
         self.stop_votes = 0.0
@@ -201,7 +201,7 @@ class Report:
             )
         self.num_replaced += int(values["replaced"])
         self._replaced += int(values["replaced"])
-        mfu = None if self.seconds_at_peak is None else self.seconds_at_peak / seconds
+        mfu = None if self.seconds_at_peak is None else self.seconds_at_peak * values["computed"] / seconds
         if is_written:
             # Of buckets and replaced records, all since the line before.
             line = values | {

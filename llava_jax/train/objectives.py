@@ -1,7 +1,7 @@
 """Objectives: from a model and a batch to a sum of losses and the weight to divide it by."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Sums(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """`splits` says whether a batch may be split into micro-batches whose sums add up to the same."""
+    """Whatever gives sums that add up over rows; only `next_token`'s do so over micro-batches, too."""
 
     __name__: str
 
@@ -52,9 +52,7 @@ def next_token(model: Llava, batch: Mapping[str, Array], context: Context) -> Su
         batch["positions"],
         batch["segment_ids"],
         batch.get("is_newline"),
-        attend=context.attend,
-        constrain=context.constrain,
-        remat=context.remat,
+        **_of_layers(context),
     )
     loss, correct = context.cross_entropy(hidden, model.decoder.head(), batch["targets"], batch["is_target"])
     counts = {"tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.float32), "correct": correct}
@@ -68,7 +66,7 @@ def contrastive(model: Clip, batch: Mapping[str, Array], context: Context) -> Su
     `counts`: `tokens`, here pictures; `correct`, pictures whose most similar caption is a right one (captions
     that repeat count as the same).
     """
-    image, text = model(batch["images"], batch["tokens"], attend=context.attend)
+    image, text = model(batch["images"], batch["tokens"], **_of_layers(context))
     return _pairs(model, image, text, batch)
 
 
@@ -79,9 +77,14 @@ def patch_contrastive(model: Clip, batch: Mapping[str, Array], context: Context)
     they tell together, and a small one may not (compare patch-aligned contrastive learning, arXiv 2212.04994).
     """
     tower = model.tower
-    hidden = tower.hidden(batch["images"], depth=tower.num_layers - 1, attend=context.attend)
+    hidden = tower.hidden(batch["images"], depth=tower.num_layers - 1, **_of_layers(context))
     image = model.visual_projection(tower.post_layernorm(hidden[:, 1:].mean(axis=1)))
-    return _pairs(model, unit(image), model.embed_captions(batch["tokens"], attend=context.attend), batch)
+    return _pairs(model, unit(image), model.embed_captions(batch["tokens"], **_of_layers(context)), batch)
+
+
+def _of_layers(context: Context) -> dict[str, Any]:
+    """What every run of layers is given."""
+    return {"attend": context.attend, "constrain": context.constrain, "remat": context.remat}
 
 
 def _pairs(model: Clip, image: Float[Array, "n c"], text: Float[Array, "n c"], batch: Mapping[str, Array]) -> Sums:

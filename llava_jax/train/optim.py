@@ -69,21 +69,24 @@ def hold_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransf
         mu, nu = (jax.tree.map(lambda x: x.astype(jnp.float32), moment) for moment in (state.mu, state.nu))
         updates, new = cast(tuple[Any, Any], adam.update(updates, state._replace(mu=mu, nu=nu), params))
         key = jax.random.fold_in(jax.random.key(0), state.count)
-        return updates, new._replace(mu=_rounded(new.mu, key, "mu"), nu=_rounded(new.nu, key, "nu"))
+        rounded = {name: _rounded(new.mu[name], new.nu[name], key, name) for name in new.mu}
+        mu, nu = ({name: pair[i] for name, pair in rounded.items()} for i in (0, 1))
+        return updates, new._replace(mu=mu, nu=nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def _rounded(moment: Parameters, key: Array, kind: str) -> Parameters:
+def _rounded(mu: Array, nu: Array, key: Array, name: str) -> tuple[Array, Array]:
     """Each float32 as one of its two bfloat16 neighbours, the nearer with the larger probability."""
+    # One draw for both: a half of its bits each.
+    noise = jax.random.bits(jax.random.fold_in(key, zlib.crc32(name.encode())), mu.shape, jnp.uint32)
 
-    def rounded(name: str, x: Array) -> Array:
-        noise = jax.random.bits(jax.random.fold_in(key, zlib.crc32(f"{kind}.{name}".encode())), x.shape, jnp.uint16)
+    def rounded(x: Array, noise: Array) -> Array:
         # A bfloat16 is the upper half of a float32: what the noise carries over from the lower half rounds it up.
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise.astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
         return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
-    return {name: rounded(name, x) for name, x in moment.items()}
+    return rounded(mu, noise >> 16), rounded(nu, noise & 0xFFFF)
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:

@@ -1,6 +1,7 @@
 """A profiler trace of some steps, for TensorBoard and Perfetto."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,9 +19,10 @@ class Profiler:
             jax.profiler.start_trace(str(self._folder))
             self._is_on = True
 
-    def after(self, step: int) -> None:
-        """Ends after the last one."""
+    def after(self, step: int, results: Any) -> None:
+        """Ends after the last one, once its results are there: a step that was given to a device has not run yet."""
         if self._is_on and step + 1 not in self._steps:
+            jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:

@@ -93,7 +93,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def partition(name: str, shape: tuple[int, ...]) -> P:
+def partition(name: str) -> P:
     """The axes of one parameter; a stack of layers has its layer axis in front, on no mesh axis."""
     plain = re.sub(r"\.\d+(?=\.)", "", name)
     specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, plain)]
@@ -107,7 +107,7 @@ def partition(name: str, shape: tuple[int, ...]) -> P:
 
 def parameter_shardings(params: Mapping[str, Any], mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Shardings of parameters by path; refuses dimensions that an axis does not divide, all of them at once."""
-    specs = {name: partition(name, value.shape) for name, value in params.items()}
+    specs = {name: partition(name) for name in params}
     problems = [
         f"{name} {value.shape} over {axis}={mesh.shape[axis]}"
         for name, value in params.items()
@@ -143,15 +143,23 @@ def num_batch_shards(mesh: AnyMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def process_places(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " k"]:
-    """The rows of a batch of `num_rows` that this process reads: those that its devices hold, in order."""
+def process_places(mesh: Mesh, num_rows: int, *, accumulation: int = 1) -> Int[np.ndarray, " k"]:
+    """The rows of a batch of `num_rows` that this process reads, in the order in which its devices hold them.
+
+    Rows are dealt out: the first micro-batch takes the first of them, one for each device in turn, and so on. Those
+    that hold nothing come last in a batch, so the last micro-batches may be empty, but no device's share alone.
+
+    Example, 8 rows, 2 devices, accumulation=2, whose micro-batches are every other row of a device:
+        device 0 holds 0, 4, 2, 6;  device 1 holds 1, 5, 3, 7   =>   micro-batches 0, 2 | 1, 3 and 4, 6 | 5, 7
+    """
     if num_rows % num_batch_shards(mesh):
         raise ValueError(
             f"The rows of a step must be a multiple of the {num_batch_shards(mesh)} devices that share them; "
             f"got {num_rows}. Change data.batch_rows or the mesh."
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
-    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
+    held = np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
+    return np.arange(num_rows).reshape(accumulation, -1, num_batch_shards(mesh)).T.ravel()[held]
 
 
 def to_devices(
@@ -163,7 +171,8 @@ def to_devices(
         def rows(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, "every device has rows"
             first, last, _ = index[0].indices(num_rows)
-            start = int(np.searchsorted(places, first))
+            # Each device is dealt one of the first rows.
+            start = int(np.flatnonzero(places == first // (last - first))[0])
             return value[start : start + last - first]
 
         return jax.make_array_from_callback((num_rows, *value.shape[1:]), batch_sharding(mesh), rows)

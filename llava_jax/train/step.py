@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
-from llava_jax.compiler import compiler_options
+from llava_jax.compiler import compiler_options, products_in
 from llava_jax.models.attention import ATTENTION, Attend, attend_xla
 from llava_jax.models.layers import Remat
 from llava_jax.models.lora import DROPOUT, dropout_keys
@@ -134,7 +134,7 @@ def make_step(
     Only `trainable` is differentiated, so frozen parts get neither gradients nor moments nor saved activations.
     Micro-batches add sums and counts; the one division comes last and is guarded, so that a batch without a
     supervised token has zero gradient, not NaN. A step whose loss or gradient is not finite updates nothing
-    and says so in `metrics["finite"]`.
+    and says so in `metrics["finite"]`; `metrics["computed"]` is the share of micro-batches that were not skipped.
 
     `bound` is what the model is bound to, abstractly; where that includes keys of dropout, each micro-batch of each
     step gets its own, from the seed and the optimizer's count alone.
@@ -145,29 +145,26 @@ def make_step(
     def sums_and_gradients(
         trainable: Parameters, frozen: Parameters, batch: Mapping[str, Array], key: Key[Array, ""]
     ) -> tuple[Sums, Parameters]:
-        def values(trainable: Parameters) -> Parameters:
-            return cast(trainable, compute_dtype) | cast(frozen, compute_dtype) | dropout_keys(bound, key)
-
         def total(trainable: Parameters) -> tuple[Array, Sums]:
-            model = bind(graphdef, values(trainable))
-            sums = objective(model, batch, context)
+            sums = objective(bind(graphdef, trainable | frozen | dropout_keys(bound, key)), batch, context)
             return sums.loss, sums
 
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(trainable)
         return sums, gradients
 
+    @products_in(compute_dtype)
     def step(trainable: Parameters, frozen: Parameters, opt_state: Any, batch: Mapping[str, Array]):
         key = jax.random.key(seed)
         if drops:
             key = jax.random.fold_in(key, opt_state[-1].count)
+        # Cast here, not within, so that it is done once for all micro-batches.
+        compute = functools.partial(sums_and_gradients, *(cast(x, compute_dtype) for x in (trainable, frozen)))
         if accumulation == 1:
-            sums, gradients = sums_and_gradients(trainable, frozen, batch, key)
+            (sums, gradients), computed = compute(batch, key), jnp.ones(())
         else:
-            sums, gradients = _accumulate(
-                functools.partial(sums_and_gradients, trainable, frozen), batch, key, accumulation
-            )
+            (sums, gradients), computed = _accumulate(compute, batch, key, accumulation)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
-        gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
+        gradients = {name: gradient.astype(trainable[name].dtype) * scale for name, gradient in gradients.items()}
         loss, norm = sums.loss * scale, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, new_state = optimizer.update(gradients, opt_state, trainable)
@@ -175,15 +172,24 @@ def make_step(
         kept_trainable, kept_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new_trainable, new_state), (trainable, opt_state)
         )
-        metrics = {"loss": loss, "grad_norm": norm, "finite": finite, "weight": sums.weight, **sums.counts}
+        metrics = {"loss": loss, "grad_norm": norm, "finite": finite, "weight": sums.weight, "computed": computed}
+        metrics |= sums.counts
         return kept_trainable, kept_state, metrics
 
     return step
 
 
 def cast(values: Parameters, dtype: jax.typing.DTypeLike) -> Parameters:
-    """Parameters in the dtype that a step computes in; codes and their scales are dequantized to it as they are."""
-    return {name: value if is_quantized(name) else value.astype(dtype) for name, value in values.items()}
+    """Parameters in the dtype that a step computes in.
+
+    Codes and their scales are dequantized to it as they are. Vectors stay as they are: the gradient of one is a sum
+    over all tokens, which would stop growing in bfloat16, and layers round what they compute with it.
+    """
+    return {name: value if _stays(name) else value.astype(dtype) for name, value in values.items()}
+
+
+def _stays(name: str) -> bool:
+    return is_quantized(name) or name.endswith((".scale", ".bias", "image_newline"))
 
 
 def _accumulate(
@@ -191,20 +197,26 @@ def _accumulate(
     batch: Mapping[str, Array],
     key: Key[Array, ""],
     accumulation: int,
-) -> tuple[Sums, Parameters]:
-    """Adds up the sums and gradients of `accumulation` micro-batches, one after the other.
+) -> tuple[tuple[Sums, Parameters], Float[Array, ""]]:
+    """Adds up the sums and gradients of `accumulation` micro-batches, and says which share of them held any token.
 
-    Micro-batch j takes rows j, j + accumulation, ...: a share of every device's rows, so that nothing moves.
+    The others are skipped; `process_places` makes them whole. Micro-batch j takes rows j, j + accumulation, ...: a
+    share of every device's rows, so that nothing moves.
     """
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    is_needed = (micro_batches["segment_ids"] > 0).any(axis=(1, 2))
     keys = jax.random.split(key, accumulation)
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first, key))
+    shapes = jax.eval_shape(compute, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
 
-    def body(total, x):
-        return jax.tree.map(jnp.add, total, compute(*x)), None
+    def body(total: Any, x: tuple[Any, ...]) -> tuple[Any, None]:
+        *micro_batch, is_needed = x
+        add = functools.partial(jax.tree.map, jnp.add)
+        return jax.lax.cond(is_needed, lambda: add(total, compute(*micro_batch)), lambda: total), None
 
-    return jax.lax.scan(body, zeros, (micro_batches, keys))[0]
+    total, _ = jax.lax.scan(body, zeros, (micro_batches, keys, is_needed))
+    return total, is_needed.mean()
 
 
 def abstract_tallies(mesh: Mesh, num_rows: int) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:

@@ -71,7 +71,7 @@ def logits(values, *, stacked: bool, lora: LoraConfig | None = LORA):
     values = {name: jnp.asarray(value) for name, value in values.items()}
     model = bind(structure(LLAVA, stacked=stacked, lora=lora)[0], stack_layers(values) if stacked else values)
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    return model.decoder(model.decoder.embed_tokens(TOKENS), positions) @ model.decoder.head()
+    return model.decoder(model.decoder.embed_tokens(jnp.asarray(TOKENS)), positions) @ model.decoder.head()
 
 
 def test_every_linear_layer_of_the_decoder_but_the_head_has_an_adapter():

@@ -172,4 +172,4 @@ def test_the_newline_is_a_part_of_its_own_with_the_originals_starting_values():
     wide = initial_value("image_newline", (4096,), np.random.default_rng(0))
     assert abs(wide.std() * 4096**0.5 - 1) < 0.05
     assert abs(wide.mean()) < 0.001
-    assert partition("image_newline", (4096,)) == PartitionSpec()
+    assert partition("image_newline") == PartitionSpec()

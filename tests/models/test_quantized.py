@@ -76,7 +76,7 @@ def logits(values, *, stacked: bool = False, quantize=None, lora: LoraConfig | N
     graphdef, _ = structure(LLAVA, stacked=stacked, quantize=quantize, lora=lora)
     model = bind(graphdef, stack_layers(values) if stacked else values)
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    return model.decoder(model.decoder.embed_tokens(TOKENS), positions) @ model.decoder.head()
+    return model.decoder(model.decoder.embed_tokens(jnp.asarray(TOKENS)), positions) @ model.decoder.head()
 
 
 @functools.cache

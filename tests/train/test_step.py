@@ -14,11 +14,11 @@ from llava_jax.data.rows import Conversations, Needs
 from llava_jax.data.templates import V1
 from llava_jax.models.attention import attend_xla, unconstrained
 from llava_jax.models.build import random_parameters, structure
-from llava_jax.models.parameters import part
+from llava_jax.models.parameters import bind, part
 from llava_jax.train.config import OptimConfig
 from llava_jax.train.objectives import Context, Sums, next_token
 from llava_jax.train.optim import make_optimizer
-from llava_jax.train.step import make_step
+from llava_jax.train.step import cast, make_step
 from tests.tiny import LLAVA as TINY
 
 # One layer that matters in each network: compiling is most of what these tests cost.
@@ -39,9 +39,13 @@ def _spoilt(model, batch, context) -> Sums:
     return sums._replace(loss=sums.loss * batch["factor"][0])
 
 
+def _values() -> dict:
+    return random_parameters(LLAVA, ("tower", "projector", "decoder"), seed=0)
+
+
 @functools.cache
 def _start() -> tuple[dict, dict]:
-    values = random_parameters(LLAVA, ("tower", "projector", "decoder"), seed=0)
+    values = _values()
     trainable = {name: jnp.asarray(value) for name, value in values.items() if part(name) in TRAINED}
     return trainable, {name: jnp.asarray(value) for name, value in values.items() if name not in trainable}
 
@@ -97,6 +101,21 @@ def test_accumulation_changes_no_number(batch, accumulation: int):
     assert one["correct"] == several["correct"]
     np.testing.assert_allclose(several["loss"], one["loss"], rtol=1e-6)
     np.testing.assert_allclose(several["grad_norm"], one["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_micro_batches_that_hold_nothing_are_skipped(batch, accumulation: int):
+    """Rows 2 and 3 are the last micro-batch of two, the last two of four; computed, their factor would spoil it."""
+    order = {2: jnp.array([0, 2, 1, 3]), 4: jnp.arange(4)}[accumulation]
+    rows = {name: value.at[2:].set(0) for name, value in batch.items()}
+    _, _, (expected,) = _run(rows | {"factor": jnp.ones(4)})
+    spoilt = {name: value[order] for name, value in (rows | {"factor": jnp.array([1, 1, jnp.nan, jnp.nan])}).items()}
+    _, _, (found,) = _run(spoilt, accumulation=accumulation)
+    assert found["computed"] == 0.5
+    assert found["finite"]
+    assert expected["computed"] == 1
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
 
 
 def _gradients(batch, accumulation: int) -> dict[str, jax.Array]:
@@ -161,3 +180,35 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_masters(batch):
     assert half["finite"]
     assert abs(half["loss"] - exact["loss"]) < 0.02
     assert abs(half["grad_norm"] / exact["grad_norm"] - 1) < 0.05
+
+
+def test_sums_over_thousands_of_tokens_are_not_added_up_in_bfloat16():
+    """A sum of ones in bfloat16 stops at 256: the gradients of a token's vector, and of what all tokens share."""
+    model, config = structure(LLAVA)[0], LLAVA.text
+    width, count = config.embed_dim, 2048
+    names = ("decoder.embed_tokens.embedding", "decoder.norm.scale", "projector.linear.1.bias")
+    values = cast({name: jnp.asarray(value) for name, value in _values().items()}, jnp.bfloat16)
+
+    def total(some):
+        llava = bind(model, values | some)
+        ids = jnp.full((1, count), 7)
+        normed = llava.decoder.norm(jnp.ones((1, count, width), jnp.bfloat16))
+        projected = llava.projector(jnp.ones((1, count, LLAVA.vision.embed_dim), jnp.bfloat16))
+        embedded = llava.decoder.embed_tokens(ids)
+        assert {x.dtype for x in (normed, projected, embedded)} == {jnp.dtype("bfloat16")}
+        return sum(x.astype(jnp.float32).sum() for x in (normed, projected, embedded))
+
+    found = jax.grad(total)({name: values[name] for name in names})
+    for name, gradient in found.items():
+        used = gradient[7] if name.endswith("embedding") else gradient
+        np.testing.assert_allclose(used.astype(jnp.float32), count, rtol=0.01, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_is_multiplied_in_float32(batch, dtype: str):
+    """Else GPUs round the operands to TensorFloat-32, and TPUs to bfloat16; backward passes included."""
+    trainable, frozen = _start()
+    jaxpr = jax.make_jaxpr(_step(compute_dtype=dtype))(trainable, frozen, OPTIMIZER.init(trainable), batch)
+    text = str(jaxpr)
+    highest = text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert highest == (text.count("= dot_general[") if dtype == "float32" else 0)
