@@ -115,11 +115,10 @@ def skipped(lengths: Lengths, devices: int, accumulation: int) -> str:
     """What is left of a recipe's steps on so many devices when micro-batches without a record are skipped."""
     capacity = ROWS[0]
     plan = planned(lengths, capacity, devices * accumulation, batch_records=DEVICES * PER_DEVICE)
-    at_a_time = plan.rows_per_step // accumulation
-    computed = -(-plan.rows_used() // at_a_time) * at_a_time
-    real = int(lengths.tokens.sum()) / capacity.tokens
+    computed = plan.rows_computed(accumulation)
+    real, at_a_time = int(lengths.tokens.sum()) / capacity.tokens, plan.rows_per_step // accumulation // devices
     return (
-        f"| {devices} | {accumulation} | {at_a_time // devices} | {plan.rows_per_step} | {computed.mean():.1f} | "
+        f"| {devices} | {accumulation} | {at_a_time} | {plan.rows_per_step} | {computed.mean():.1f} | "
         f"{real / plan.num_rows:.1%} | {real / computed.sum():.1%} |"
     )
 

@@ -43,9 +43,11 @@ class Plan:
         """The most records that any row holds."""
         return int(np.diff(self.starts).max())
 
-    def rows_used(self) -> Int[np.ndarray, " s"]:
-        """How many rows of each step hold a record; they come first."""
-        return (np.diff(self.starts) > 0).reshape(-1, self.rows_per_step).sum(axis=1)
+    def rows_computed(self, accumulation: int) -> Int[np.ndarray, " s"]:
+        """Rows of each step in those of its micro-batches that hold a record; the others, the last, are skipped."""
+        used = (np.diff(self.starts) > 0).reshape(-1, self.rows_per_step).sum(axis=1)
+        at_a_time = self.rows_per_step // accumulation
+        return -(-used // at_a_time) * at_a_time
 
     def row(self, number: int) -> Int[np.ndarray, " k"]:
         """Numbers of the records in a row."""

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt8
 
-from llava_jax.models.attention import Attend, Constrain, Scope, attend_xla, unconstrained
+from llava_jax.models.attention import ATTENTION, Attend, Constrain, Scope, attend_xla, unconstrained
 from llava_jax.models.layers import Embed, LayerNorm, Linear, Remat, make_layers, run_layers
 from llava_jax.shapes import Activation, CaptionConfig, ClipConfig, FeatureSelect, VisionConfig
 
@@ -48,7 +49,7 @@ class ClipAttention(nnx.Module):
             project(x).reshape(b, t, self.num_heads, e // self.num_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attend(q, k, v, scope).reshape(b, t, e))
+        return self.out_proj(checkpoint_name(attend(q, k, v, scope), ATTENTION).reshape(b, t, e))
 
 
 class ClipMlp(nnx.Module):
@@ -119,8 +120,9 @@ class ClipTower(nnx.Module):
         rows, columns, size = height // self.patch_size, width // self.patch_size, self.patch_size
         pixels = normalise(images, kernel.dtype).reshape(n, rows, size, columns, size, 3)
         patches = self.patch_embedding(pixels.swapaxes(2, 3).reshape(n, rows * columns, size * size * 3))
-        classes = jnp.broadcast_to(self.class_embedding[...], (n, 1, patches.shape[-1]))
-        x = jnp.concatenate([classes, patches], axis=1) + self.position_embedding[...][None]
+        classes = jnp.broadcast_to(self.class_embedding[...], (n, 1, patches.shape[-1])).astype(patches.dtype)
+        x = jnp.concatenate([classes, patches], axis=1)
+        x = (x + self.position_embedding[...][None]).astype(x.dtype)
 
         def step(layer: ClipLayer, x: Float[Array, "n p e"]) -> Float[Array, "n p e"]:
             return constrain(layer(x, Scope(), attend))
@@ -178,7 +180,8 @@ class ClipCaption(nnx.Module):
         n, t = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(t), (n, t))
         scope = Scope(query_positions=positions, key_positions=positions, causal=True)
-        x = self.token_embedding(tokens) + self.position_embedding[:t][None]
+        x = self.token_embedding(tokens)
+        x = (x + self.position_embedding[:t][None]).astype(x.dtype)
         x = run_layers(self.layers, constrain(x), lambda layer, x: constrain(layer(x, scope, attend)), remat=remat)
         ends = jnp.argmax(tokens == self.eos_id, axis=1)
         return self.final_layer_norm(jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0])

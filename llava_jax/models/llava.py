@@ -73,7 +73,7 @@ class Llava(nnx.Module):
             return x
         if is_newline is not None:
             # A mask, not a second scatter: where newlines fall needs no list of static size, and it fuses.
-            x = jnp.where(is_newline[..., None], self.image_newline[...].astype(x.dtype), x)
+            x = jnp.where(is_newline[..., None], self.image_newline[...], x).astype(x.dtype)
         features = self.tower.features(
             images.reshape(b * i, *pixels),
             depth=self.config.tower_depth,

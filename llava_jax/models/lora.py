@@ -112,8 +112,7 @@ def merged(values: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 
 def _drop(x: Float[Array, "b t d"], key: Any, share: float) -> Float[Array, "b t d"]:
-    # 16 bits a value, two of them from a draw: half of threefry's work, and a share that is off by less than 1e-5.
+    # 16 bits a draw, so that the share is off by less than 1e-5.
     threshold = round(share * 2**16)
-    pairs = jax.random.bits(jax.random.wrap_key_data(key), (*x.shape[:-1], -(-x.shape[-1] // 2)), jnp.uint32)
-    draws = jnp.concatenate([pairs >> 16, pairs & 0xFFFF], axis=-1)[..., : x.shape[-1]]
-    return jnp.where(draws >= threshold, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)
+    kept = jax.random.bits(jax.random.wrap_key_data(key), x.shape, jnp.uint16) >= threshold
+    return jnp.where(kept, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)

@@ -84,7 +84,7 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
     record.step = state.step
     saved.rehearse(*saved_trees(layout, state))
     if processes.is_first():
-        print(f"{name}: {_summary(config, index, plan, state)}", flush=True)
+        print(f"{name}: {_summary(config, index, plan, state, num_shards=num_batch_shards(mesh))}", flush=True)
     if state.step == plan.num_steps:
         return
     if processes.is_first():
@@ -109,7 +109,7 @@ def _run(config: TrainConfig, mirror: Mirror, name: str, record: RunRecord, stop
         watchdog.beat()
         for batch in batches:
             clock.lap("data")
-            arrays = to_devices(batch, mesh, places, plan.rows_per_step)
+            arrays = to_devices(batch, mesh, places, plan.rows_per_step, accumulation=config.accumulation)
             arguments = (state.trainable, state.frozen, state.opt_state, arrays, stop.votes(mesh))
             if compiled is None:
                 # Compiled ahead, once: a batch of another shape is an error, not a second compilation.
@@ -192,20 +192,22 @@ def plan_data(config: TrainConfig, index: Index, *, rows_multiple: int) -> Plan:
     )
 
 
-def _summary(config: TrainConfig, index: Index, plan: Plan, state: State) -> str:
+def _summary(config: TrainConfig, index: Index, plan: Plan, state: State, *, num_shards: int) -> str:
     """One line that says what is about to run."""
     refused = ", ".join(f"{count} {reason}" for reason, count in index.counts().items())
     used = int(index.tokens[plan.records].sum())
-    # Micro-batches without a record are skipped.
-    rows_at_a_time = plan.rows_per_step // config.accumulation
-    needed = -(-plan.rows_used() // rows_at_a_time) * rows_at_a_time
-    computed = int(needed.sum()) * config.data.rows.capacity.tokens
+    finest = plan.rows_per_step // num_shards
+    rows, fewest = (plan.rows_computed(accumulation) for accumulation in (config.accumulation, finest))
+    share, could = (used / config.data.rows.capacity.tokens / x.sum() for x in (rows, fewest))
+    hint = f" (accumulation={finest} would skip more: {could:.1%})" if could > 1.2 * share else ""
     trained = sum(value.size for value in state.trainable.values())
     total = trained + sum(value.size for value in state.frozen.values())
     return (
         f"{len(index.usable):,} of {len(index.records):,} records usable"
         + (f" (refused: {refused})" if refused else "")
-        + f"; {plan.num_steps:,} steps of {needed.mean():.4g} rows, {used / computed:.1%} full; "
+        + f"; {plan.num_steps:,} steps of {rows.mean():.4g} rows, {share:.1%} full"
+        + (hint if isinstance(config.model, LlavaConfig) else "")
+        + "; "
         + f"training {trained:,} of {total:,} parameters"
         + (f"; resuming at step {state.step:,}" if state.step else "")
     )

@@ -146,11 +146,11 @@ def num_batch_shards(mesh: AnyMesh) -> int:
 def process_places(mesh: Mesh, num_rows: int, *, accumulation: int = 1) -> Int[np.ndarray, " k"]:
     """The rows of a batch of `num_rows` that this process reads, in the order in which its devices hold them.
 
-    Rows are dealt out: the first micro-batch takes the first of them, one for each device in turn, and so on. Those
-    that hold nothing come last in a batch, so the last micro-batches may be empty, but no device's share alone.
+    The first micro-batch takes the first rows, a run of them on each device, the second the next, and so on, so that
+    rows without a record, the last of a batch, make up whole micro-batches.
 
     Example, 8 rows, 2 devices, accumulation=2, whose micro-batches are every other row of a device:
-        device 0 holds 0, 4, 2, 6;  device 1 holds 1, 5, 3, 7   =>   micro-batches 0, 2 | 1, 3 and 4, 6 | 5, 7
+        device 0 holds 0, 4, 1, 5;  device 1 holds 2, 6, 3, 7   =>   micro-batches 0, 1 | 2, 3 and 4, 5 | 6, 7
     """
     if num_rows % num_batch_shards(mesh):
         raise ValueError(
@@ -159,11 +159,17 @@ def process_places(mesh: Mesh, num_rows: int, *, accumulation: int = 1) -> Int[n
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
     held = np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
-    return np.arange(num_rows).reshape(accumulation, -1, num_batch_shards(mesh)).T.ravel()[held]
+    by_device = np.arange(num_rows).reshape(accumulation, num_batch_shards(mesh), -1).transpose(1, 2, 0)
+    return by_device.ravel()[held]
 
 
 def to_devices(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, places: Int[np.ndarray, " k"], num_rows: int
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    places: Int[np.ndarray, " k"],
+    num_rows: int,
+    *,
+    accumulation: int = 1,
 ) -> dict[str, jax.Array]:
     """This process's rows, those at `places`, as its share of the global batch; `record_ids` stay on the host."""
 
@@ -171,8 +177,8 @@ def to_devices(
         def rows(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, "every device has rows"
             first, last, _ = index[0].indices(num_rows)
-            # Each device is dealt one of the first rows.
-            start = int(np.flatnonzero(places == first // (last - first))[0])
+            # The first that a device holds, it has of the first micro-batch.
+            start = int(np.flatnonzero(places == first // accumulation)[0])
             return value[start : start + last - first]
 
         return jax.make_array_from_callback((num_rows, *value.shape[1:]), batch_sharding(mesh), rows)

@@ -27,6 +27,8 @@ from llava_jax.train.sharding import batch_sharding, make_constrain
 from llava_jax.train.splash import make_splash
 from llava_jax.train.state import Layout
 
+# Ends of the paths of what all tokens or pictures share, but matrices.
+SHARED = (".scale", ".bias", "image_newline", "class_embedding", "position_embedding", "logit_scale")
 # Batch entries that no objective sees.
 TALLIED = ("checksum", "num_replaced")
 
@@ -182,14 +184,14 @@ def make_step(
 def cast(values: Parameters, dtype: jax.typing.DTypeLike) -> Parameters:
     """Parameters in the dtype that a step computes in.
 
-    Codes and their scales are dequantized to it as they are. Vectors stay as they are: the gradient of one is a sum
-    over all tokens, which would stop growing in bfloat16, and layers round what they compute with it.
+    Codes and their scales are dequantized to it as they are. What all tokens or pictures share stays as it is: its
+    gradient is a sum over them, which would stop growing in bfloat16, and layers round what they compute with it.
     """
     return {name: value if _stays(name) else value.astype(dtype) for name, value in values.items()}
 
 
 def _stays(name: str) -> bool:
-    return is_quantized(name) or name.endswith((".scale", ".bias", "image_newline"))
+    return is_quantized(name) or name.endswith(SHARED)
 
 
 def _accumulate(

@@ -142,6 +142,14 @@ def test_a_step_holds_the_records_that_the_recipe_counts():
     assert counts == per_epoch * 2
 
 
+def test_rows_are_computed_up_to_the_last_that_holds_a_record():
+    """Steps of 10 and 6 full rows, padded to 16, on 4 devices: in 1, 2 and 4 micro-batches."""
+    plan = _plan(make_index([1] * 16), Size(1, 0), batch_records=10, epochs=1, rows_multiple=16)
+    assert plan.rows_per_step == 16
+    for accumulation, expected in ((1, [16, 16]), (2, [16, 8]), (4, [12, 8])):
+        np.testing.assert_array_equal(plan.rows_computed(accumulation), expected)
+
+
 @pytest.mark.parametrize(("num_records", "batch", "steps"), [(5581, 256, 22), (6653, 128, 52), (512, 256, 2)])
 def test_step_counts_follow_the_published_rule(num_records: int, batch: int, steps: int):
     rng = np.random.default_rng(0)

@@ -184,10 +184,11 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_masters(batch):
 
 def test_sums_over_thousands_of_tokens_are_not_added_up_in_bfloat16():
     """A sum of ones in bfloat16 stops at 256: the gradients of a token's vector, and of what all tokens share."""
-    model, config = structure(LLAVA)[0], LLAVA.text
-    width, count = config.embed_dim, 2048
-    names = ("decoder.embed_tokens.embedding", "decoder.norm.scale", "projector.linear.1.bias")
-    values = cast({name: jnp.asarray(value) for name, value in _values().items()}, jnp.bfloat16)
+    config = dataclasses.replace(LLAVA, image_newline=True)
+    model, width, count = structure(config)[0], LLAVA.text.embed_dim, 2048
+    names = ("decoder.embed_tokens.embedding", "decoder.norm.scale", "projector.linear.1.bias", "image_newline")
+    random = random_parameters(config, ("tower", "projector", "decoder", "image_newline"), seed=0)
+    values = cast({name: jnp.asarray(value) for name, value in random.items()}, jnp.bfloat16)
 
     def total(some):
         llava = bind(model, values | some)
@@ -195,8 +196,12 @@ def test_sums_over_thousands_of_tokens_are_not_added_up_in_bfloat16():
         normed = llava.decoder.norm(jnp.ones((1, count, width), jnp.bfloat16))
         projected = llava.projector(jnp.ones((1, count, LLAVA.vision.embed_dim), jnp.bfloat16))
         embedded = llava.decoder.embed_tokens(ids)
-        assert {x.dtype for x in (normed, projected, embedded)} == {jnp.dtype("bfloat16")}
-        return sum(x.astype(jnp.float32).sum() for x in (normed, projected, embedded))
+        images = jnp.zeros((1, 1, 16, 16, 3), jnp.uint8)
+        nowhere = count + jnp.arange(config.num_features)[None, None]
+        newlines = llava.embed(ids, images, nowhere, jnp.ones((1, count), bool))
+        shown = (normed, projected, embedded, newlines)
+        assert {x.dtype for x in shown} == {jnp.dtype("bfloat16")}
+        return sum(x.astype(jnp.float32).sum() for x in shown)
 
     found = jax.grad(total)({name: values[name] for name in names})
     for name, gradient in found.items():
