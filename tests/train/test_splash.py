@@ -79,8 +79,10 @@ def test_other_calls_go_to_plain_attention(splash: Attend):
 
 
 SCRIPT = """
+import sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
+from llava_jax.compiler import products_in
 from llava_jax.models.attention import Scope
 from llava_jax.train.sharding import MeshConfig, batch_sharding, make_mesh
 from llava_jax.train.step import make_attend
@@ -88,21 +90,23 @@ from llava_jax.train.step import make_attend
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 mesh = make_mesh(MeshConfig(tensor=2), devices)
 attend, rows = make_attend(mesh, most_records=3), batch_sharding(mesh)
-q, k = (jax.ShapeDtypeStruct((2, 2048, n, 128), jnp.bfloat16, sharding=rows) for n in (8, 2))
+q, k = (jax.ShapeDtypeStruct((2, 2048, n, 128), sys.argv[1], sharding=rows) for n in (8, 2))
 ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32, sharding=rows)
 loss = lambda q, k, v, ids: attend(q, k, v, Scope(ids, ids, ids, ids, causal=True)).astype(jnp.float32).sum()
-text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, ids).compile().as_text()
+gradient = products_in(sys.argv[1])(jax.grad(loss, (0, 1, 2)))
+text = jax.jit(gradient).lower(q, k, k, ids).compile().as_text()
 print(text.count("tpu_custom_call"), "2048,2048]" in text)
 """
 
 
 @pytest.mark.nightly
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
-def test_the_kernel_compiles_for_a_tpu_at_the_size_of_training():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernel_compiles_for_a_tpu_at_the_size_of_training(dtype: str):
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, dtype],
         cwd=ROOT,
         env=os.environ | settings | {"PYTHONPATH": str(ROOT), "TPU_ACCELERATOR_TYPE": "v5litepod-8"},
         capture_output=True,
