@@ -8,8 +8,9 @@ micro-batches (those that packing leaves empty are skipped), and layers are apar
 to be saved. Records of a step, rate and schedule are the published ones. By arithmetic, not measured on that GPU, for
 6.76 billion trained parameters: 27.0 GB of float32 parameters, 27.0 GB of moments, 27.0 GB of summed gradients, 13.5
 GB of new ones and 13.5 GB of parameters in bfloat16, 0.6 GB of tower: 108.7 GB of 141, before activations (what
-enters each layer, 0.5 GB for a row of 2048 tokens, five or six of them at a time). `llava-jax plan` with 8 rows at a
-time, more than packed records need: 119 GB in all (`benchmarks/results/plans.md`, `h200:1`, in GiB).
+enters each layer, 0.5 GB for a row of 2048 tokens, five or six of them at a time). The compiler, asked for 8 rows at
+a time, more than packed records need, and for layers as a stack: 120 GB in all (`benchmarks/results/plans.md`,
+`h200:1`, in GiB).
 """
 
 import dataclasses
