@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_jax.data.mix import Choice
-from llava_jax.data.rows import RowFormat
+from llava_jax.data.rows import Captions, RowFormat
 from llava_jax.errors import UserError
 from llava_jax.models.lora import LoraConfig
 from llava_jax.models.quantized import Scheme
@@ -152,9 +152,10 @@ class TrainConfig:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.objective in (contrastive, patch_contrastive) and self.accumulation != 1:
+        is_pairs = isinstance(self.data.rows, Captions) or self.objective in (contrastive, patch_contrastive)
+        if is_pairs and self.accumulation != 1:
             raise ValueError(
-                "The contrastive loss needs all pairs at once; got "
+                "Pairs of pictures and captions are needed all at once; got "
                 f"accumulation={self.accumulation}. Set it to 1 and spread the batch over more devices."
             )
         for name in ("checkpoint_every", "accumulation", "log_every"):

@@ -29,18 +29,19 @@ def named_tokenizer(root: Path, name: str, added: tuple[str, ...] = ()) -> Token
         return open_tokenizer(str(root / "conversations" / "tokenizers" / name), added)
     base = name.removesuffix("_chatml")
     special = CHATML if name.endswith("_chatml") else ()
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
     config: dict = {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": list(special)}
-    if base == "fast":
-        config |= {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-        config["unk_token"] = "<unk>"
-        _write_fast(_sp32k(root), folder / "tokenizer.json", special)
-    else:
-        assert base in ("slow_legacy_false", "slow_legacy_true"), f"unknown tokenizer {name}"
-        config["legacy"] = base == "slow_legacy_true"
-        shutil.copyfile(_sp32k(root), folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return open_tokenizer(str(folder), added)
+    with tempfile.TemporaryDirectory() as opened:
+        folder = Path(opened)
+        if base == "fast":
+            config |= {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+            config["unk_token"] = "<unk>"
+            _write_fast(_sp32k(root), folder / "tokenizer.json", special)
+        else:
+            assert base in ("slow_legacy_false", "slow_legacy_true"), f"unknown tokenizer {name}"
+            config["legacy"] = base == "slow_legacy_true"
+            shutil.copyfile(_sp32k(root), folder / "tokenizer.model")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return open_tokenizer(str(folder), added)
 
 
 def _write_fast(model: Path, target: Path, special: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.data.rows import Captions
 from llava_jax.errors import UserError
 from llava_jax.train.config import OptimConfig, TrainConfig, apply_override, flatten, load_config
 from llava_jax.train.objectives import contrastive
@@ -136,6 +137,10 @@ def test_a_value_that_no_run_can_mean_is_refused(config: TrainConfig, override: 
 def test_a_contrastive_batch_cannot_be_split(config: TrainConfig):
     with pytest.raises(ValueError, match="accumulation=2. Set it to 1"):
         dataclasses.replace(config, objective=contrastive, accumulation=2)
+    # Nor pairs under an objective of one's own.
+    pairs = dataclasses.replace(config.data, rows=Captions(length=8))
+    with pytest.raises(ValueError, match="accumulation=2. Set it to 1"):
+        dataclasses.replace(config, data=pairs, accumulation=2)
 
 
 def test_a_run_trains_something(config: TrainConfig):
