@@ -40,7 +40,7 @@ def main() -> None:
 
     config = peer.SIZES[chosen.size]
     theirs = peer.make_peer(config, device="cpu", dtype=torch.float32)
-    params = peer.our_model(config, theirs).params
+    params = peer.our_parameters(theirs)
     trainable = {name: value for name, value in params.items() if part(name) != "tower"}
     opt_state = jax.jit(make_optimizer(OptimConfig(learning_rate=1e-5), 100).init)(trainable)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, opt_state)))

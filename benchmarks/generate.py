@@ -132,13 +132,15 @@ def our_calls(chosen: Any, name: str) -> Calls:
     from llava_jax.data.conversation import Tokenized
     from llava_jax.data.rows import make_example
     from llava_jax.inference.generate import Sampling
-    from llava_jax.inference.model import Processor
+    from llava_jax.inference.model import Processor, hold
 
     config = peer.SIZES[chosen.size]
-    model = peer.random_model(config, DTYPES[chosen.device]) if chosen.only_ours else with_weights_of_peer(chosen)
-    size, dtype = sum(v.size for v in model.params.values()), model.dtype
-    if OURS[name] is not None:
-        model = quantized(model, OURS[name])
+    dtype = DTYPES[chosen.device]
+    values = peer.random_parameters(config, dtype) if chosen.only_ours else values_of_peer(chosen)
+    size = sum(value.size for value in values.values())
+    model = hold(config, values, dtype=dtype, quantize=OURS[name])
+    # No longer held beside it.
+    del values
     processor = Processor(
         tokenizer=_Wordless(),  # pyright: ignore[reportArgumentType]
         template=None,
@@ -171,32 +173,15 @@ def our_calls(chosen: Any, name: str) -> Calls:
     return calls | {"facts": lambda: (what, read)}
 
 
-def with_weights_of_peer(chosen: Any) -> Any:
+def values_of_peer(chosen: Any) -> Any:
     import torch
 
     from benchmarks import peer
 
-    model = peer.our_model(peer.SIZES[chosen.size], make_peer(chosen))
+    values = peer.our_parameters(make_peer(chosen))
     # What torch still holds of the peer; nothing on a CPU.
     torch.cuda.empty_cache()
-    return model
-
-
-def quantized(model: Any, scheme: Any) -> Any:
-    """The model with the decoder's linear layers held as codes."""
-    import dataclasses
-
-    import jax
-
-    from llava_jax.convert.arrays import place_all
-    from llava_jax.models.build import structure
-
-    graphdef, targets = structure(model.config, quantize=scheme)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    # What is not quantized is held as it was.
-    dtypes = {name: model.params.get(name, value).dtype for name, value in targets.items()}
-    held = {n: jax.ShapeDtypeStruct(v.shape, dtypes[n], sharding=here) for n, v in targets.items()}
-    return dataclasses.replace(model, graphdef=graphdef, params=place_all(model.params, held))
+    return values
 
 
 def peer_calls(chosen: Any, name: str) -> Calls:
@@ -258,7 +243,7 @@ def decode_bytes(model: Any, batch: int, length: int) -> int:
     read, text = ("decoder.layers.", "decoder.norm", "decoder.lm_head"), model.config.text
     weights = sum(value.nbytes for name, value in model.params.items() if name.startswith(read))
     cache = 2 * batch * length * text.num_layers * text.num_kv_heads * text.head_dim
-    return weights + cache * model.params["decoder.lm_head.kernel"].dtype.itemsize
+    return weights + cache * model.dtype.itemsize
 
 
 def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> str:

@@ -1,4 +1,4 @@
-"""The peer that users have, transformers on torch, and our model with the very same random weights."""
+"""The peer that users have, transformers on torch, and our parameters with the very same random values."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.convert.layouts import from_huggingface
-from llava_jax.inference.model import Model
 from llava_jax.models.build import structure
+from llava_jax.models.parameters import Parameters
 from llava_jax.shapes import LlavaConfig, VisionConfig
 from llava_jax.sizes import DEBUG, LLAVA_15_7B
 
@@ -98,16 +98,15 @@ def make_peer(config: LlavaConfig, *, device: str, dtype: Any, **options: Any) -
     return model.eval()
 
 
-def our_model(config: LlavaConfig, peer: Any) -> Model:
-    """Ours, with the peer's weights in the peer's dtype."""
+def our_parameters(peer: Any) -> Parameters:
+    """Ours, with the peer's values in the peer's dtype."""
     tensors = {name: _numpy(value) for name, value in peer.state_dict().items()}
     params = {name: jnp.array(value) for name, value in from_huggingface(tensors).items()}
-    return Model(config=config, graphdef=structure(config)[0], params=jax.block_until_ready(params))
+    return jax.block_until_ready(params)
 
 
-def random_model(config: LlavaConfig, dtype: Any) -> Model:
-    """Ours alone, with weights of the same spread."""
-    graphdef, shapes = structure(config)
+def random_parameters(config: LlavaConfig, dtype: Any) -> Parameters:
+    """Ours alone, of the same spread."""
 
     # Compiled once for each shape, of which there are few.
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -120,8 +119,9 @@ def random_model(config: LlavaConfig, dtype: Any) -> Model:
         scale = 1.0 if name.endswith("embed_tokens.embedding") else shape[0] ** -0.5
         return normal(jax.random.key(number), shape, scale)
 
+    shapes = structure(config)[1]
     params = {name: draw(number, name, value.shape) for number, (name, value) in enumerate(shapes.items())}
-    return Model(config=config, graphdef=graphdef, params=jax.block_until_ready(params))
+    return jax.block_until_ready(params)
 
 
 def _numpy(value: Any) -> np.ndarray:

@@ -207,7 +207,7 @@ def our_calls(chosen: Any) -> Calls:
     if chosen.device == "cpu" and not chosen.only_ours:
         import torch
 
-        weights = peer.our_model(data.config, peer.make_peer(data.config, device="cpu", dtype=torch.float32)).params
+        weights = peer.our_parameters(peer.make_peer(data.config, device="cpu", dtype=torch.float32))
     ours = Ours(chosen, data.config, weights, stacked=chosen.stacked)
     dense = ours.place(ours.rows(data.dense, [[i] for i in range(len(data.dense))], data.job.dense[1], 1))
     mixed, num_rows = ours.pack(data.mixed, data.job, len(data.grouped))

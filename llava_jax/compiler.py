@@ -20,16 +20,29 @@ ASYNC_GATHERS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
+# Sums over vectors of numbers, where XLA would otherwise add one number after another on CPUs, and vectors of 512 bits
+# where the processor has them. Infinities, NaN, divisions and functions stay as they are.
+IN_ANY_ORDER = {
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_nans": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
+    "xla_cpu_prefer_vector_width": 512,
+}
 OPTIONS = {"cpu": WITHOUT_YNNPACK, "tpu": ASYNC_GATHERS}
 
 
 @functools.cache
-def compiler_options(device: Any) -> dict[str, str] | None:
+def compiler_options(device: Any, *, in_any_order: bool = False) -> dict[str, Any] | None:
     """What to give to `jax.jit` for programs that compute much; None is what XLA does by itself.
 
-    `device` is one of those that the program is compiled for, here or not.
+    `device` is one of those that the program is compiled for, here or not. With `in_any_order`, CPUs add over vectors,
+    as GPUs and TPUs do anyway: generating needs it, a step of training gains little.
     """
-    options = OPTIONS.get(device.platform)
+    options: dict[str, Any] = OPTIONS.get(device.platform, {})
+    if in_any_order and device.platform == "cpu":
+        options = options | IN_ANY_ORDER
     return options if options and _are_known(options, device) else None
 
 
@@ -43,7 +56,7 @@ def products_in(dtype: jax.typing.DTypeLike) -> Iterator[None]:
         yield
 
 
-def _are_known(options: dict[str, str], device: Any) -> bool:
+def _are_known(options: dict[str, Any], device: Any) -> bool:
     """Whether this version of the device's compiler has the options."""
     # A process compiles for its own devices, not for another's.
     place = None if device.platform == jax.default_backend() else SingleDeviceSharding(device)

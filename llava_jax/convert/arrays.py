@@ -13,10 +13,12 @@ from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters
 from llava_jax.models.quantized import ABSMAX, CODES, quantize
+from llava_jax.models.streamed import WEIGHT
 
 
 def place_all(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """Parameters in the dtypes and shardings of `targets`; a kernel whose codes are wanted is quantized on the way.
+    """Parameters in the dtypes and shardings of `targets`; kernels are quantized or turned on the way where `targets`
+    has their codes or weights.
 
     One kernel at a time, so that no more than one is ever whole.
     """
@@ -26,6 +28,10 @@ def place_all(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStr
             stem = name.removesuffix(CODES)
             halves = (target, targets[stem + ABSMAX])
             placed[name], placed[stem + ABSMAX] = _place_quantized(f"{stem}.kernel", values, halves)
+        elif name.endswith(WEIGHT):
+            kernel = values[name.removesuffix(WEIGHT) + ".kernel"]
+            turned = kernel.turned() if isinstance(kernel, Tensor) else kernel.T
+            placed[name] = place(turned, target.dtype, target.sharding)
         elif not name.endswith(ABSMAX):
             placed[name] = place(values[name], target.dtype, target.sharding)
     return placed

@@ -20,6 +20,7 @@ from llava_jax.inference.stopping import Keywords
 from llava_jax.models.llama import NOWHERE, Cache, empty_cache
 from llava_jax.models.llava import Llava
 from llava_jax.models.parameters import GraphDef, Parameters, bind
+from llava_jax.models.streamed import multiply
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
 CACHE_MULTIPLE = 64
@@ -245,7 +246,7 @@ class _Programs(NamedTuple):
 @functools.cache
 def _programs(device: Any) -> _Programs:
     """`_prefill` and `_advance`, to be compiled as suits the device."""
-    compiled = functools.partial(jax.jit, compiler_options=compiler_options(device))
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options(device, in_any_order=True))
     return _Programs(
         compiled(_prefill, static_argnames=("graphdef", "cache_length", "is_greedy", "stop_ids")),
         compiled(_advance, static_argnames=("graphdef", "is_greedy", "stop_ids"), donate_argnames=("state",)),
@@ -273,7 +274,7 @@ def _prefill(
     cache = cache.grow(cache_length)
     last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
     count = jnp.zeros((), jnp.int32)
-    token = sample(_logits(model, last), choose, count, is_greedy=is_greedy)
+    token = sample(logits_of(model, last), choose, count, is_greedy=is_greedy)
     return State(cache, token, inputs.lengths, count + 1, _is_stop(token, stop_ids))
 
 
@@ -302,7 +303,7 @@ def _advance(
         n, state, new = carry
         x = model.decoder.embed_tokens(state.token[:, None])
         hidden, cache = model.decoder.extend(x, state.position[:, None], state.cache)
-        token = sample(_logits(model, hidden[:, 0]), choose, state.count, is_greedy=is_greedy)
+        token = sample(logits_of(model, hidden[:, 0]), choose, state.count, is_greedy=is_greedy)
         is_done = state.is_done | _is_stop(token, stop_ids)
         return (
             n + 1,
@@ -348,8 +349,12 @@ def restrict(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Ar
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
-def _logits(model: Llava, hidden: Float[Array, "b d"]) -> Float[Array, "b v"]:
-    return jnp.einsum("bd,dv->bv", hidden, model.decoder.head(), preferred_element_type=jnp.float32)
+def logits_of(model: Llava, hidden: Float[Array, "*axes d"]) -> Float[Array, "*axes v"]:
+    """What a decoder's hidden states say of the next token, in float32."""
+    head = model.decoder.head()
+    if model.decoder.is_streamed:
+        return multiply(hidden, head.T)
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
 def _is_stop(token: Int[Array, " b"], stop_ids: tuple[int, ...]) -> Bool[Array, " b"]:

@@ -1,7 +1,8 @@
 """A model ready to answer: its parameters, and how text and pictures become its input."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,14 +158,25 @@ def load(
         num_features=config.num_features,
     )
     check_parameters(checkpoint.params, structure(config)[1], path)
-    graphdef, held = structure(config, quantize=quantize)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return hold(config, checkpoint.params, dtype=dtype, quantize=quantize), processor
+
+
+def hold(
+    config: LlavaConfig,
+    values: Mapping[str, Any],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    quantize: Scheme | None = None,
+) -> Model:
+    """The model of these parameters, layers apart, on this process' first device and as that decodes fastest."""
+    device = jax.local_devices()[0]
+    graphdef, held = structure(config, quantize=quantize, streamed=device.platform == "cpu")
+    here = jax.sharding.SingleDeviceSharding(device)
     targets = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype if is_quantized(name) else dtype, sharding=here)
         for name, value in held.items()
     }
-    model = Model(config=config, graphdef=graphdef, params=place_all(checkpoint.params, targets))
-    return model, processor
+    return Model(config=config, graphdef=graphdef, params=place_all(values, targets))
 
 
 def read_images(paths: Sequence[str]) -> list[Image.Image]:

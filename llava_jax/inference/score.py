@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from llava_jax.compiler import products_in
 from llava_jax.errors import UserError
-from llava_jax.inference.generate import Inputs, pad_prompts
+from llava_jax.inference.generate import Inputs, logits_of, pad_prompts
 from llava_jax.inference.model import Model, Prompt
 from llava_jax.models.parameters import GraphDef, Parameters, bind
 
@@ -62,6 +62,5 @@ def _logprobs(params: Parameters, inputs: Inputs, *, graphdef: GraphDef) -> Floa
     b, t = inputs.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     hidden = model(inputs.tokens, inputs.images, inputs.patch_slots, positions, is_newline=inputs.is_newline)
-    logits = jnp.einsum("btd,dv->btv", hidden, model.decoder.head(), preferred_element_type=jnp.float32)
     following = jnp.roll(inputs.tokens, -1, axis=1)[..., None]
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), following, axis=-1)[..., 0]
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_of(model, hidden), axis=-1), following, axis=-1)[..., 0]

@@ -13,6 +13,7 @@ from llava_jax.models.llava import Llava
 from llava_jax.models.lora import LoraConfig, adapt
 from llava_jax.models.parameters import GraphDef, Parameters, part, skeleton, stack_layers
 from llava_jax.models.quantized import Scheme, quantize_layers
+from llava_jax.models.streamed import stream_layers
 from llava_jax.shapes import ClipConfig, LlavaConfig, ModelConfig
 
 
@@ -30,10 +31,12 @@ def structure(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     quantize: Scheme | None = None,
     lora: LoraConfig | None = None,
+    streamed: bool = False,
 ) -> tuple[GraphDef, Parameters]:
     """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory.
 
-    `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them.
+    `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them; `streamed` holds what is
+    left of them, and the head, as CPUs decode with it fastest.
     """
 
     def build() -> Llava | Clip:
@@ -45,6 +48,8 @@ def structure(
                     quantize_layers(model.decoder, quantize)
                 if lora is not None:
                     adapt(model.decoder, lora)
+                if streamed:
+                    stream_layers(model.decoder)
                 return model
             case ClipConfig():
                 return Clip(config, stacked=stacked, param_dtype=param_dtype, rngs=_OneKey(0))

@@ -207,6 +207,8 @@ class Llama(nnx.Module):
             self.lm_head = Linear(
                 config.embed_dim, config.vocab_size, use_bias=False, param_dtype=param_dtype, rngs=rngs
             )
+        # See models/streamed.py.
+        self.is_streamed = False
         self.config = config
 
     def __call__(

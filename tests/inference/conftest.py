@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llava_jax.data.templates import V1
 from llava_jax.data.tokenizer import open_tokenizer
-from llava_jax.inference.model import Model, Processor
-from llava_jax.models.build import random_parameters, structure
+from llava_jax.inference.model import Model, Processor, hold
+from llava_jax.models.build import random_parameters
 from tests.tiny import LLAVA
 
 # Four features a picture, two layers each: compiling is what these tests wait for.
@@ -22,18 +21,18 @@ SMALL = dataclasses.replace(
 )
 
 
-def random_model(seed: int) -> Model:
-    values = random_parameters(SMALL, {"tower", "projector", "decoder"}, seed=seed)
+@pytest.fixture(scope="session")
+def values() -> dict[str, np.ndarray]:
+    values = random_parameters(SMALL, {"tower", "projector", "decoder"}, seed=0)
     # The customary starting values repeat one token for ever; larger ones give answers that vary.
     values["decoder.embed_tokens.embedding"] *= 20
     values["decoder.lm_head.kernel"] *= 20
-    params = {name: jnp.asarray(value) for name, value in values.items()}
-    return Model(config=SMALL, graphdef=structure(SMALL)[0], params=params)
+    return values
 
 
 @pytest.fixture(scope="session")
-def model() -> Model:
-    return random_model(0)
+def model(values: dict[str, np.ndarray]) -> Model:
+    return hold(SMALL, values)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +47,7 @@ def processor(data: Path) -> Processor:
 
 
 @pytest.fixture(scope="session")
-def says(model: Model, processor: Processor) -> Callable[[str], Model]:
+def says(values: dict[str, np.ndarray], processor: Processor) -> Callable[[str], Model]:
     """A model that answers any prompt with the text (whose tokens must differ) and then EOS.
 
     Attention and MLP add nothing, so that the next token depends on the last one alone: token j of the text has
@@ -58,17 +57,17 @@ def says(model: Model, processor: Processor) -> Callable[[str], Model]:
     def make(text: str) -> Model:
         ids = processor.tokenizer.encode(text).ids.tolist()
         assert len(set(ids)) == len(ids) < SMALL.text.embed_dim, "each token may come once"
-        values = {name: np.array(value) for name, value in model.params.items()}
-        for name in values:
+        told = {name: np.array(value) for name, value in values.items()}
+        for name in told:
             if name.endswith(("o_proj.kernel", "down_proj.kernel")) and name.startswith("decoder."):
-                values[name][...] = 0
-        embedding, head = values["decoder.embed_tokens.embedding"], values["decoder.lm_head.kernel"]
+                told[name][...] = 0
+        embedding, head = told["decoder.embed_tokens.embedding"], told["decoder.lm_head.kernel"]
         embedding[...], head[...] = 0, 0
         embedding[:, -1] = 1
         for j, (token, following) in enumerate(zip([None, *ids], [*ids, processor.tokenizer.eos_id], strict=True)):
             if token is not None:
                 embedding[token] = np.eye(SMALL.text.embed_dim)[j - 1]
             head[j - 1, following] = 10
-        return dataclasses.replace(model, params={name: jnp.asarray(value) for name, value in values.items()})
+        return hold(SMALL, told)
 
     return make

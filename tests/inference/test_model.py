@@ -27,10 +27,10 @@ RED = Image.new("RGB", (8, 8), (255, 0, 0))
 
 
 @pytest.fixture(scope="module")
-def folder(model: Model, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(values: dict[str, np.ndarray], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     card = ModelCard(model=SMALL, template="v1", image_mode="pad", label="test")
-    write_model_folder(str(folder), card, model.params, tokenizer=str(data / "tokenizer"), source="random")
+    write_model_folder(str(folder), card, values, tokenizer=str(data / "tokenizer"), source="random")
     return folder
 
 
@@ -59,10 +59,10 @@ def test_a_loaded_model_answers_as_the_one_written(folder: Path, model: Model, p
     )
 
 
-def test_pictures_are_framed_if_the_card_says_so(model: Model, data: Path, tmp_path: Path):
+def test_pictures_are_framed_if_the_card_says_so(values: dict[str, np.ndarray], data: Path, tmp_path: Path):
     card = ModelCard(model=SMALL, template="v1", image_mode="pad", label="test", mm_use_im_start_end=True)
     open_tokenizer(str(data / "tokenizer"), ("<im_start>", "<im_end>")).save(tmp_path / "tokenizer")
-    write_model_folder(str(tmp_path / "m"), card, model.params, tokenizer=str(tmp_path / "tokenizer"), source="random")
+    write_model_folder(str(tmp_path / "m"), card, values, tokenizer=str(tmp_path / "tokenizer"), source="random")
     for template in (None, "llava_v0"):
         _, processor = load(str(tmp_path / "m"), template=template)
         tokens = processor.ask([Turn("user", "Which?")], [RED]).tokens

@@ -1,0 +1,85 @@
+"""Weights for decoding on CPUs: those of an output side by side, read once for all tokens, as they come from memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array, Float
+
+from llava_jax.models.layers import Linear
+from llava_jax.models.llama import Llama, replace_linear_layers
+
+WEIGHT = ".weight"
+# More tokens are multiplied faster by the library that XLA calls, which first copies the weights piece by piece.
+FEW_TOKENS = 8
+# Outputs whose weights are read in turns: a processor fetches several streams at a time, and has room for so many sums.
+STREAMS, STREAMS_OF_TWO = 4, 8
+
+
+def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[Array, "*axes f"]:
+    """`x @ weight.T` in float32."""
+    tokens = x.reshape(-1, x.shape[-1])
+    if len(tokens) <= FEW_TOKENS:
+        # A call of its own, or XLA would compute what the tokens come from anew for every output.
+        with set_xla_metadata(inlineable="false"):
+            product = _of_few(tokens, weight)
+    else:
+        # The weights first, and no operand turned in the product: the library is slow at reading those.
+        turned = jax.lax.optimization_barrier(tokens.T)
+        product = jnp.matmul(weight, turned, preferred_element_type=jnp.float32)
+        product = jax.lax.optimization_barrier(product).T
+    return product.reshape(*x.shape[:-1], -1)
+
+
+@jax.jit
+def _of_few(tokens: Float[Array, "b d"], weight: Float[Array, "f d"]) -> Float[Array, "b f"]:
+    """One pass over the weights that adds to a sum for each token and stream.
+
+    Fast where XLA may add up in any order (llava_jax/compiler.py): it makes a loop over vectors of it, and every weight
+    is loaded once.
+    """
+    streams = STREAMS_OF_TWO if len(tokens) <= 2 else STREAMS
+    even = len(weight) // streams * streams
+    tokens = tokens.astype(jnp.float32)
+    return jnp.concatenate([_pass(tokens, weight[:even], streams), _pass(tokens, weight[even:], 1)], axis=1)
+
+
+def _pass(tokens: Float[Array, "b d"], weight: Float[Array, "f d"], streams: int) -> Float[Array, "b f"]:
+    parts = weight.reshape(streams, -1, weight.shape[1])
+    products = [token * part.astype(jnp.float32) for token in tokens for part in parts]
+    sums = jax.lax.reduce(products, [jnp.float32(0)] * len(products), _add, dimensions=(1,))
+    return jnp.stack(sums).reshape(len(tokens), -1)
+
+
+def _add(sums: list[Array], more: list[Array]) -> list[Array]:
+    return [a + b for a, b in zip(sums, more, strict=True)]
+
+
+class StreamedLinear(nnx.Module):
+    """A linear layer without bias that holds its kernel turned, as torch does; computes in the dtype of `x`."""
+
+    def __init__(self, linear: Linear):
+        d, f = linear.kernel.shape
+        self.weight = nnx.Param(jnp.zeros((f, d), linear.kernel.dtype))
+
+    def __call__(self, x: Float[Array, "*axes d"]) -> Float[Array, "*axes f"]:
+        return multiply(x, self.weight[...]).astype(x.dtype)
+
+    @property
+    def kernel(self) -> Float[Array, "d f"]:
+        return self.weight[...].T
+
+
+def stream_layers(decoder: Llama) -> None:
+    """Makes a decoder's linear layers and its head streamed ones, except where they are quantized."""
+
+    def streamed(linear: Any) -> Any:
+        return StreamedLinear(linear) if isinstance(linear, Linear) else linear
+
+    replace_linear_layers(decoder, streamed)
+    if not decoder.config.tie_embeddings:
+        head: Any = StreamedLinear(decoder.lm_head)
+        decoder.lm_head = head
+    decoder.is_streamed = True

@@ -1,0 +1,128 @@
+"""Streamed products against plain ones, and what is compiled of them."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_jax.compiler import compiler_options
+from llava_jax.convert.arrays import place_all
+from llava_jax.convert.tensor import in_memory
+from llava_jax.inference import generate as module
+from llava_jax.inference.generate import logits_of
+from llava_jax.inference.model import Model, hold
+from llava_jax.models.build import random_parameters, structure
+from llava_jax.models.llama import empty_cache
+from llava_jax.models.parameters import bind
+from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, multiply
+from tests.tiny import LLAVA
+
+TIED = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, tie_embeddings=True))
+
+
+@functools.cache
+def values(config: Any = LLAVA) -> dict[str, np.ndarray]:
+    return random_parameters(config, ("tower", "projector", "decoder"), seed=0)
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 7, 18])
+@pytest.mark.parametrize("axes", [(1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (2, 3), (5, 7)])
+def test_a_streamed_product_is_a_product(axes: tuple[int, ...], outputs: int):
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((*axes, 37), (outputs, 37)))
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    found = jax.jit(multiply, compiler_options=options)(x, weight)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, x.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+def test_bfloat16_is_added_up_in_float32(tokens: int):
+    ones = jnp.ones((tokens, 1000), jnp.bfloat16)
+    found = jax.jit(multiply)(ones, jnp.full((5, 1000), 1.0078125, jnp.bfloat16))
+    np.testing.assert_array_equal(found, np.full((tokens, 5), 1007.8125, np.float32))
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_infinities_and_nan_stay_what_they_are(special: float):
+    x = jnp.ones((2, 40)).at[1, 7].set(special)
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    found = np.asarray(jax.jit(multiply, compiler_options=options)(x, jnp.ones((6, 40))))
+    np.testing.assert_array_equal(found, np.stack([np.full(6, 40.0), np.full(6, special)]).astype(np.float32))
+
+
+@pytest.mark.parametrize("config", [LLAVA, TIED], ids=["with a head", "tied"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_streamed_model_is_the_plain_one(config: Any, quantize: Any):
+    streamed = hold(config, values(config), quantize=quantize)
+    graphdef, shapes = structure(config, quantize=quantize)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for name, v in shapes.items()}
+    plain = Model(config=config, graphdef=graphdef, params=place_all(values(config), targets))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.text.vocab_size, (2, 11)))
+
+    # Eight tokens of a prompt in each row, then one at a time.
+    def logits(model: Model) -> np.ndarray:
+        def run(params: Any) -> jax.Array:
+            llava = bind(model.graphdef, params)
+            cache, seen = empty_cache(config.text, batch=2, length=11, dtype=jnp.float32), []
+            for begin, end in ((0, 8), (8, 9), (9, 10), (10, 11)):
+                positions = jnp.broadcast_to(jnp.arange(begin, end), (2, end - begin))
+                x, cache = llava.decoder.extend(llava.decoder.embed_tokens(tokens[:, begin:end]), positions, cache)
+                seen.append(logits_of(llava, x))
+            return jnp.concatenate(seen, axis=1)
+
+        return np.asarray(jax.jit(run)(model.params))
+
+    assert streamed.graphdef != plain.graphdef
+    np.testing.assert_allclose(logits(streamed), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_is_turned_as_it_is_read():
+    lazily = {name: in_memory(value, name) for name, value in values().items()}
+    read, given = hold(LLAVA, lazily), hold(LLAVA, {name: jnp.asarray(value) for name, value in values().items()})
+    turned = {name for name in read.params if name.endswith(".weight")}
+    # Seven of a layer, and the head.
+    assert len(turned) == 7 * LLAVA.text.num_layers + 1
+    for name, value in read.params.items():
+        kernel = values()[name.replace(".weight", ".kernel")]
+        np.testing.assert_array_equal(value, kernel.T if name in turned else kernel)
+        np.testing.assert_array_equal(value, given.params[name])
+
+
+def test_decoding_turns_and_copies_no_weights():
+    """Not at a token and not before: neither a transposition nor a copy of a kernel's size is compiled."""
+    model = hold(LLAVA, values())
+    state = module.State(
+        empty_cache(LLAVA.text, batch=2, length=64, dtype=jnp.float32),
+        jnp.zeros(2, jnp.int32),
+        jnp.zeros(2, jnp.int32),
+        jnp.int32(1),
+        jnp.zeros(2, bool),
+    )
+    choose = module._Choice(jnp.float32(1), jnp.float32(1), jnp.int32(0), jnp.zeros(2, jnp.uint32))
+    advance = module._programs(jax.devices()[0]).advance
+    lowered = advance.lower(
+        model.params, state, choose, jnp.int32(3), graphdef=model.graphdef, is_greedy=True, stop_ids=(2,)
+    )
+    text = lowered.compile().as_text()
+    kernels = {tuple(sorted(value.shape)) for name, value in model.params.items() if name.endswith(".weight")}
+    written = re.findall(r"= f32\[([0-9]+),([0-9]+)\]\S* (?:copy|transpose)\(", text)
+    assert not {tuple(sorted(map(int, shape))) for shape in written} & kernels
+
+
+def test_a_streamed_layer_shows_its_kernel():
+    plain = bind(*_one(streamed=False)).decoder.layers[0].mlp.up_proj
+    streamed = bind(*_one(streamed=True)).decoder.layers[0].mlp.up_proj
+    assert isinstance(streamed, StreamedLinear)
+    assert streamed.kernel.shape == plain.kernel.shape
+
+
+def _one(*, streamed: bool) -> Any:
+    graphdef, shapes = structure(LLAVA, streamed=streamed)
+    return graphdef, {name: jnp.zeros(value.shape, value.dtype) for name, value in shapes.items()}
