@@ -83,22 +83,29 @@ def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling
     """Angles of `LlamaRotaryEmbedding`: the two halves of a head turn together."""
     inverse_frequency = frequencies(head_dim=head_dim, theta=theta, scaling=scaling)
     angles = positions[:, :, None].astype(jnp.float32) * inverse_frequency
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    # Joined last: XLA computes a cosine anew wherever it is used, for each head of each layer, but not what is joined.
+    cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (jnp.cos(angles), jnp.sin(angles)))
+    return Rotary(cos, sin)
 
 
 def rotate(x: Float[Array, "b t n h"], angles: Rotary) -> Float[Array, "b t n h"]:
     """Turns each pair (i, i + h/2) of every head by its angle (`apply_rotary_pos_emb` of transformers)."""
-    half = x.shape[-1] // 2
-    # By shifts with zeros moving in: halves that are cut out and joined again, XLA's TPU compiler would write out, each
-    # padded to the width of a head.
-    turned = _shift(x, half) - _shift(x, -half)
+    turned = jax.lax.platform_dependent(x, tpu=_turned_by_shifts, default=_turned)
     return (x * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).astype(x.dtype)
 
 
-def _shift(x: Float[Array, "b t n h"], by: int) -> Float[Array, "b t n h"]:
-    """Moves every head's values up by so many places, or down; what leaves it is lost."""
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + [(by, -by, 0)])
+def _turned(x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
+    """(x, y) -> (-y, x) for the halves of every head."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    signs = jnp.array([[-1], [1]], x.dtype)
+    return (signs * jnp.flip(halves, axis=-2)).reshape(x.shape)
+
+
+def _turned_by_shifts(x: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
+    """The same, with zeros moving in; halves as an axis, XLA's TPU compiler would pad to the width of a head each."""
+    half = x.shape[-1] // 2
+    up, down = (jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 3 + [(by, -by, 0)]) for by in (half, -half))
+    return up - down
 
 
 class RMSNorm(nnx.Module):

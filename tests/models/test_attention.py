@@ -1,6 +1,7 @@
 """Who sees whom: masks by hand, and attention that depends on nothing else."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_jax.models.attention import Attend, Scope, attend_whole, attend_xla
-from llava_jax.models.llama import Rotary, rotary, rotate
+from llava_jax.models.llama import Rotary, _turned, _turned_by_shifts, rotary, rotate
 
 
 def _row(*values: int) -> jax.Array:
@@ -155,6 +156,27 @@ def test_position_zero_turns_nothing_and_a_quarter_turn_swaps_the_halves():
     quarter = jnp.full((1, 1, 4), jnp.pi / 2)
     turned = rotate(x, type(rotary(_row(0), head_dim=4, theta=10.0))(jnp.cos(quarter), jnp.sin(quarter)))
     np.testing.assert_allclose(turned[0, 0, 0], [-3.0, -4.0, 1.0, 2.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_halves_turn_alike_on_every_platform(dtype: Any):
+    x = _random(0, 2, 5, 3, 8).astype(dtype)
+    np.testing.assert_array_equal(_turned(x), _turned_by_shifts(x))
+    first, second = np.split(x, 2, axis=-1)
+    np.testing.assert_array_equal(_turned(x), np.concatenate([-second, first], axis=-1))
+
+
+def test_cosines_are_computed_once_for_all_heads_and_uses():
+    x, positions = _random(0, 1, 64, 4, 32), jnp.arange(64)[None]
+
+    def run(x: jax.Array, positions: jax.Array) -> jax.Array:
+        angles = rotary(positions, head_dim=32, theta=10_000.0)
+        for _ in range(3):
+            x = jnp.einsum("btnh,bsnh->btsn", rotate(x, angles), rotate(-x, angles)).sum(2)[..., None] * x
+        return x
+
+    compiled = jax.jit(run).lower(x, positions).compile().as_text()
+    assert re.findall(r"f32\[([0-9,]+)\]\S* cosine\(", compiled) == ["1,64,16"]
 
 
 @pytest.mark.nightly
