@@ -23,7 +23,8 @@ BATCHES = {"cpu": (1, 8), "gpu": (1, 8, 64)}
 # By the name of the row: how ours holds the decoder's linear layers, how transformers generates.
 OURS = {"ours": None, "ours, int8": "int8", "ours, nf4": "nf4"}
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
-    "cpu": {"transformers": {}},
+    # The peer as its users start it, and with the heap that `llava-jax generate` starts itself with.
+    "cpu": {"transformers": {}, "transformers, our heap": {}},
     "gpu": {"transformers": {}, "transformers, compiled": {"cache_implementation": "static"}},
 }
 
@@ -36,14 +37,27 @@ def main() -> None:
     makers = dict.fromkeys(OURS, our_calls) | dict.fromkeys(
         [] if chosen.only_ours else PEERS[chosen.device], peer_calls
     )
+    # One that you have exported would reach the peer as well.
+    os.environ.pop("GLIBC_TUNABLES", None)
     seen = Seen({}, {}, {})
     # On a GPU they do not fit together: one after the other.
     for names in [list(makers)] if chosen.device == "cpu" else [[name] for name in makers]:
         with contextlib.ExitStack() as stack:
-            asked = {name: stack.enter_context(apart(makers[name], chosen, name, environment={})) for name in names}
+            asked = {
+                name: stack.enter_context(apart(makers[name], chosen, name, environment=started(chosen, name)))
+                for name in names
+            }
             measure(chosen, asked, seen)
         # As soon as one is done: what comes after it may find no room, or no time.
         report(chosen, seen)
+
+
+def started(chosen: Any, name: str) -> Mapping[str, str]:
+    """What the environment of a row's process has besides."""
+    from llava_jax.heap import HEAP
+
+    has_heap = chosen.device == "cpu" and (name in OURS or name.endswith("our heap"))
+    return {"GLIBC_TUNABLES": HEAP} if has_heap else {}
 
 
 class Seen(NamedTuple):

@@ -17,7 +17,7 @@ from llava_jax.heap import keep_freed_memory
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; user errors print one message, no trace."""
     arguments = _parser().parse_args(argv)
-    if argv is None and arguments.run in (_quickstart, _train):
+    if argv is None and arguments.run in (_quickstart, _train, _generate, _chat, _score):
         keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tqdm import tqdm
