@@ -21,7 +21,8 @@ ASYNC_GATHERS = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 # Sums over vectors of numbers, where XLA would otherwise add one number after another on CPUs, and vectors of 512 bits
-# where the processor has them. Infinities, NaN, divisions and functions stay as they are.
+# where the processor has them. Products and sums of infinities and NaN stay what they are, divisions and functions as
+# exact; only what cancels out may lose them: `x - x` becomes 0.
 IN_ANY_ORDER = {
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_infs": True,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from llava_jax.models.layers import Linear
+from llava_jax.models.layers import Embed, Linear
 from llava_jax.models.llama import Llama, replace_linear_layers
 
 WEIGHT = ".weight"
@@ -27,7 +27,7 @@ def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[A
             product = _of_few(tokens, weight)
     else:
         # The weights first, and no operand turned in the product: the library is slow at reading those.
-        turned = jax.lax.optimization_barrier(tokens.T)
+        weight, turned = jax.lax.optimization_barrier((weight, tokens.T))
         product = jnp.matmul(weight, turned, preferred_element_type=jnp.float32)
         product = jax.lax.optimization_barrier(product).T
     return product.reshape(*x.shape[:-1], -1)
@@ -72,13 +72,25 @@ class StreamedLinear(nnx.Module):
         return self.weight[...].T
 
 
+class StreamedEmbed(nnx.Module):
+    """A table of vectors; the barrier keeps XLA from widening all of it, before a loop, to what its use computes in."""
+
+    def __init__(self, embed: Embed):
+        self.embedding = embed.embedding
+
+    def __call__(self, ids: Int[Array, "*axes"]) -> Float[Array, "*axes d"]:
+        return jnp.take(*jax.lax.optimization_barrier((self.embedding[...], ids)), axis=0)
+
+
 def stream_layers(decoder: Llama) -> None:
-    """Makes a decoder's linear layers and its head streamed ones, except where they are quantized."""
+    """Makes a decoder's table, linear layers and head streamed ones, except where they are quantized."""
 
     def streamed(linear: Any) -> Any:
         return StreamedLinear(linear) if isinstance(linear, Linear) else linear
 
     replace_linear_layers(decoder, streamed)
+    table: Any = StreamedEmbed(decoder.embed_tokens)
+    decoder.embed_tokens = table
     if not decoder.config.tie_embeddings:
         head: Any = StreamedLinear(decoder.lm_head)
         decoder.lm_head = head

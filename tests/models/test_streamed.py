@@ -98,8 +98,26 @@ def test_a_file_is_turned_as_it_is_read():
 def test_decoding_turns_and_copies_no_weights():
     """Not at a token and not before: neither a transposition nor a copy of a kernel's size is compiled."""
     model = hold(LLAVA, values())
+    text = _compiled_step(model.config, model.graphdef, model.params, jnp.float32).as_text()
+    kernels = {tuple(sorted(value.shape)) for name, value in model.params.items() if name.endswith(".weight")}
+    written = re.findall(r"= f32\[([0-9]+),([0-9]+)\]\S* (?:copy|transpose)\(", text)
+    assert not {tuple(sorted(map(int, shape))) for shape in written} & kernels
+
+
+def test_decoding_in_bfloat16_widens_no_weights():
+    """Neither the table nor a kernel has a copy in float32, which XLA's CPU backend computes in."""
+    text = dataclasses.replace(LLAVA.text, vocab_size=8192, embed_dim=256, hidden_dim=512, num_heads=8, num_kv_heads=8)
+    config = dataclasses.replace(LLAVA, text=text)
+    graphdef, shapes = structure(config, streamed=True)
+    params = {name: jax.ShapeDtypeStruct(value.shape, jnp.bfloat16) for name, value in shapes.items()}
+    temporary = _compiled_step(config, graphdef, params, jnp.bfloat16).memory_analysis().temp_size_in_bytes
+    # In float32 the table takes 8 MB, the kernels of the layers as much, and so does the head.
+    assert temporary < 1_600_000
+
+
+def _compiled_step(config: Any, graphdef: Any, params: Any, dtype: Any) -> Any:
     state = module.State(
-        empty_cache(LLAVA.text, batch=2, length=64, dtype=jnp.float32),
+        empty_cache(config.text, batch=2, length=64, dtype=dtype),
         jnp.zeros(2, jnp.int32),
         jnp.zeros(2, jnp.int32),
         jnp.int32(1),
@@ -107,13 +125,9 @@ def test_decoding_turns_and_copies_no_weights():
     )
     choose = module._Choice(jnp.float32(1), jnp.float32(1), jnp.int32(0), jnp.zeros(2, jnp.uint32))
     advance = module._programs(jax.devices()[0]).advance
-    lowered = advance.lower(
-        model.params, state, choose, jnp.int32(3), graphdef=model.graphdef, is_greedy=True, stop_ids=(2,)
-    )
-    text = lowered.compile().as_text()
-    kernels = {tuple(sorted(value.shape)) for name, value in model.params.items() if name.endswith(".weight")}
-    written = re.findall(r"= f32\[([0-9]+),([0-9]+)\]\S* (?:copy|transpose)\(", text)
-    assert not {tuple(sorted(map(int, shape))) for shape in written} & kernels
+    return advance.lower(
+        params, state, choose, jnp.int32(3), graphdef=graphdef, is_greedy=True, stop_ids=(2,)
+    ).compile()
 
 
 def test_a_streamed_layer_shows_its_kernel():
