@@ -41,10 +41,14 @@ def compiler_options(device: Any, *, in_any_order: bool = False) -> dict[str, An
     `device` is one of those that the program is compiled for, here or not. With `in_any_order`, CPUs add over vectors,
     as GPUs and TPUs do anyway: generating needs it, a step of training gains little.
     """
-    options: dict[str, Any] = OPTIONS.get(device.platform, {})
+    wanted: list[dict[str, Any]] = [OPTIONS.get(device.platform, {})]
     if in_any_order and device.platform == "cpu":
-        options = options | IN_ANY_ORDER
-    return options if options and _are_known(options, device) else None
+        wanted.append(IN_ANY_ORDER)
+    found: dict[str, Any] = {}
+    for options in wanted:
+        if options and _are_known(options, device):
+            found |= options
+    return found or None
 
 
 @contextlib.contextmanager
