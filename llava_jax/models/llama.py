@@ -90,7 +90,7 @@ def rotary(positions: Int[Array, "b t"], *, head_dim: int, theta: float, scaling
 
 def rotate(x: Float[Array, "b t n h"], angles: Rotary) -> Float[Array, "b t n h"]:
     """Turns each pair (i, i + h/2) of every head by its angle (`apply_rotary_pos_emb` of transformers)."""
-    turned = jax.lax.platform_dependent(x, tpu=_turned_by_shifts, default=_turned)
+    turned = jax.lax.platform_dependent(x, cpu=_turned, default=_turned_by_shifts)
     return (x * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).astype(x.dtype)
 
 
