@@ -17,10 +17,11 @@ from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import UserError
 from llava_jax.inference.model import Model, Processor, Prompt
 from llava_jax.inference.stopping import Keywords
+from llava_jax.models.attention import attend_xla
 from llava_jax.models.llama import NOWHERE, Cache, empty_cache
 from llava_jax.models.llava import Llava
 from llava_jax.models.parameters import GraphDef, Parameters, bind
-from llava_jax.models.streamed import multiply
+from llava_jax.models.streamed import attend_streamed, multiply
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
 CACHE_MULTIPLE = 64
@@ -293,6 +294,7 @@ def _advance(
     There is room for as many as the cache holds, so that one compilation serves streams and whole answers alike.
     """
     model = bind(graphdef, params)
+    attend = attend_streamed if model.decoder.is_streamed else attend_xla
     new = jnp.full((len(state.token), state.cache.positions.shape[1]), stop_ids[0], jnp.int32)
 
     def goes_on(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]) -> Bool[Array, ""]:
@@ -302,7 +304,7 @@ def _advance(
     def body(carry: tuple[Int[Array, ""], State, Int[Array, "b n"]]):
         n, state, new = carry
         x = model.decoder.embed_tokens(state.token[:, None])
-        hidden, cache = model.decoder.extend(x, state.position[:, None], state.cache)
+        hidden, cache = model.decoder.extend(x, state.position[:, None], state.cache, attend=attend)
         token = sample(logits_of(model, hidden[:, 0]), choose, state.count, is_greedy=is_greedy)
         is_done = state.is_done | _is_stop(token, stop_ids)
         return (
@@ -324,10 +326,17 @@ def _as_it_came(cache: Cache) -> Cache:
 def sample(logits: Float[Array, "b v"], choose: _Choice, count: Int[Array, ""], *, is_greedy: bool) -> Int[Array, " b"]:
     """The next token of each row; row r's draw depends on its seed and `count` alone."""
     if is_greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _largest(logits)
     kept = restrict(logits / choose.temperature, choose.top_k, choose.top_p)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), count))(choose.seeds)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+def _largest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
+    """`jnp.argmax` of each row, by two passes over vectors; on CPUs that one compares number by number."""
+    is_largest = (logits == logits.max(axis=-1, keepdims=True)) | jnp.isnan(logits)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.where(is_largest, ids, len(ids)).min(axis=-1)
 
 
 def restrict(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "b v"]:

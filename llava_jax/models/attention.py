@@ -1,5 +1,6 @@
 """Attention of every network here: one function, and the scope that says which keys a query sees."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -89,6 +90,10 @@ class Constrain(Protocol):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]: ...
 
 
+# What takes the place of `score_whole`.
+Score = Callable[[Float[Array, "b t k g h"], Float[Array, "b s k h"]], Float[Array, "b k g t s"]]
+
+
 def unconstrained(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     return x
 
@@ -113,20 +118,27 @@ def attend_xla(
     return jnp.concatenate(blocks, axis=1)
 
 
+def score_whole(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> Float[Array, "b k g t s"]:
+    """Products of every query and every key, in float32."""
+    return jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
 def attend_whole(
     q: Float[Array, "b t n h"],
     k: Float[Array, "b s k h"],
     v: Float[Array, "b s k h"],
     scope: Scope,
+    *,
+    score: Score = score_whole,
 ) -> Float[Array, "b t n h"]:
-    """Softmax attention of every query and every key at once.
+    """Softmax attention of every query and every key at once; `score` multiplies them.
 
     The softmax runs in float32 whatever the inputs are, as in `eager_attention_forward` of transformers.
     """
     b, t, n, h = q.shape
     num_kv_heads = k.shape[2]
     q_btkgh = q.reshape(b, t, num_kv_heads, n // num_kv_heads, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = score(q_btkgh, k) * h**-0.5
     mask = scope.mask()
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)

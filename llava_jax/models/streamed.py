@@ -1,5 +1,6 @@
-"""Weights for decoding on CPUs: those of an output side by side, read once for all tokens, as they come from memory."""
+"""Weights and keys for decoding on CPUs: those of an output side by side, read once, as they come from memory."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
 
+from llava_jax.models.attention import attend_whole, score_whole
 from llava_jax.models.layers import Embed, Linear
 from llava_jax.models.llama import Llama, replace_linear_layers
 
@@ -15,7 +17,7 @@ WEIGHT = ".weight"
 # More tokens are multiplied faster by the library that XLA calls, which first copies the weights piece by piece.
 FEW_TOKENS = 8
 # Outputs whose weights are read in turns: a processor fetches several streams at a time, and has room for so many sums.
-STREAMS, STREAMS_OF_TWO = 4, 8
+STREAMS, STREAMS_OF_TWO, STREAMS_OF_KEYS = 4, 8, 2
 
 
 def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[Array, "*axes f"]:
@@ -24,7 +26,7 @@ def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[A
     if len(tokens) <= FEW_TOKENS:
         # A call of its own, or XLA would compute what the tokens come from anew for every output.
         with set_xla_metadata(inlineable="false"):
-            product = _of_few(tokens, weight)
+            product = _of_few(tokens, weight, streams=STREAMS_OF_TWO if len(tokens) <= 2 else STREAMS)
     else:
         # The weights first, and no operand turned in the product: the library is slow at reading those.
         weight, turned = jax.lax.optimization_barrier((weight, tokens.T))
@@ -33,14 +35,29 @@ def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[A
     return product.reshape(*x.shape[:-1], -1)
 
 
-@jax.jit
-def _of_few(tokens: Float[Array, "b d"], weight: Float[Array, "f d"]) -> Float[Array, "b f"]:
+def score_streamed(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> Float[Array, "b k g t s"]:
+    """Products of queries and keys in float32, as of tokens and weights: XLA's own take one core."""
+    b, t, num_kv_heads, g, h = q.shape
+    if t * g > FEW_TOKENS:
+        return score_whole(q, k)
+    queries = jnp.moveaxis(q, 1, 3).reshape(b * num_kv_heads, g * t, h)
+    keys = jnp.moveaxis(k, 2, 1).reshape(b * num_kv_heads, -1, h)
+    with set_xla_metadata(inlineable="false"):
+        scores = jax.vmap(functools.partial(_of_few, streams=STREAMS_OF_KEYS))(queries, keys)
+    return scores.reshape(b, num_kv_heads, g, t, -1)
+
+
+# For decoding.
+attend_streamed = functools.partial(attend_whole, score=score_streamed)
+
+
+@functools.partial(jax.jit, static_argnames="streams")
+def _of_few(tokens: Float[Array, "b d"], weight: Float[Array, "f d"], *, streams: int) -> Float[Array, "b f"]:
     """One pass over the weights that adds to a sum for each token and stream.
 
     Fast where XLA may add up in any order (llava_jax/compiler.py): it makes a loop over vectors of it, and every weight
     is loaded once.
     """
-    streams = STREAMS_OF_TWO if len(tokens) <= 2 else STREAMS
     even = len(weight) // streams * streams
     tokens = tokens.astype(jnp.float32)
     return jnp.concatenate([_pass(tokens, weight[:even], streams), _pass(tokens, weight[even:], 1)], axis=1)

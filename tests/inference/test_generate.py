@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from llava_jax.compiler import compiler_options
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.templates import PLAIN, TEMPLATES
 from llava_jax.errors import UserError
@@ -379,6 +380,22 @@ def test_logits_of_a_cached_step_are_those_of_a_whole_forward(
     at = len(ids) - 2
     full, steps = both(model.params, inputs, jnp.int32(at))
     assert error(steps, full[at : at + 2]) <= 1e-5
+
+
+def test_greedy_takes_the_first_of_the_largest_as_argmax_does():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((9, 1001)).astype(np.float32)
+    logits[1, [7, 3, 999]] = 9.0
+    logits[2], logits[3], logits[4] = -np.inf, 0.0, np.nan
+    logits[5, 5] = np.inf
+    logits[6, [8, 400]] = np.nan
+    logits[7, 2], logits[7, 9] = np.inf, np.nan
+    logits[8] = -np.abs(logits[8])
+    logits[8, [20, 30]] = -0.0, 0.0
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    found = jax.jit(module._largest, compiler_options=options)(logits)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
 
 
 def test_answers_of_any_length_and_streams_share_a_compilation(

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax.compiler import compiler_options
 from llava_jax.models.attention import Attend, Scope, attend_whole, attend_xla
 from llava_jax.models.llama import Rotary, _turned, _turned_by_shifts, rotary, rotate
+from llava_jax.models.streamed import attend_streamed
 
 
 def _row(*values: int) -> jax.Array:
@@ -103,6 +105,21 @@ def test_hidden_keys_may_hold_anything_finite():
     before = attend_xla(q, k, v, scope)
     after = attend_xla(q, k.at[:, 3:].mul(1e9), v.at[:, 3:].set(-1e30), scope)
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("slots", [1, 7, 12])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 2), (1, 6), (2, 6), (1, 18)])
+def test_streamed_attention_is_attention(tokens: int, heads: int, slots: int, dtype: Any):
+    """Two key heads; nine queries of one, in the last case, are more than are streamed."""
+    q, k, v = (_random(i, 3, n, m, 8).astype(dtype) for i, (n, m) in enumerate([(tokens, heads), *[(slots, 2)] * 2]))
+    late = jnp.array([[slots], [slots // 2], [0]]) + jnp.arange(tokens)
+    scope = Scope(query_positions=late, key_positions=jnp.tile(jnp.arange(slots), (3, 1)), causal=True)
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    found = jax.jit(lambda q, k, v: attend_streamed(q, k, v, scope), compiler_options=options)(q, k, v)
+    expected = attend_whole(q, k, v, scope)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(*map(np.float32, (found, expected)), rtol=0, atol={2: 0.02, 4: 2e-6}[found.itemsize])
 
 
 @pytest.mark.parametrize("window", [None, 70])

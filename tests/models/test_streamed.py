@@ -16,10 +16,11 @@ from llava_jax.convert.tensor import in_memory
 from llava_jax.inference import generate as module
 from llava_jax.inference.generate import logits_of
 from llava_jax.inference.model import Model, hold
+from llava_jax.models.attention import attend_xla
 from llava_jax.models.build import random_parameters, structure
 from llava_jax.models.llama import empty_cache
 from llava_jax.models.parameters import bind
-from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, multiply
+from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, attend_streamed, multiply
 from tests.tiny import LLAVA
 
 TIED = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, tie_embeddings=True))
@@ -73,7 +74,9 @@ def test_a_streamed_model_is_the_plain_one(config: Any, quantize: Any):
             cache, seen = empty_cache(config.text, batch=2, length=11, dtype=jnp.float32), []
             for begin, end in ((0, 8), (8, 9), (9, 10), (10, 11)):
                 positions = jnp.broadcast_to(jnp.arange(begin, end), (2, end - begin))
-                x, cache = llava.decoder.extend(llava.decoder.embed_tokens(tokens[:, begin:end]), positions, cache)
+                attend = attend_streamed if llava.decoder.is_streamed else attend_xla
+                x = llava.decoder.embed_tokens(tokens[:, begin:end])
+                x, cache = llava.decoder.extend(x, positions, cache, attend=attend)
                 seen.append(logits_of(llava, x))
             return jnp.concatenate(seen, axis=1)
 
@@ -115,9 +118,18 @@ def test_decoding_in_bfloat16_widens_no_weights():
     assert temporary < 1_600_000
 
 
-def _compiled_step(config: Any, graphdef: Any, params: Any, dtype: Any) -> Any:
+def test_decoding_copies_no_cache():
+    """What a step needs beside arguments and results is less than the keys of a layer."""
+    model = hold(LLAVA, values())
+    length = 8192
+    step = _compiled_step(model.config, model.graphdef, model.params, jnp.float32, length=length)
+    keys = empty_cache(LLAVA.text, batch=2, length=length, dtype=jnp.float32).layers[0].k
+    assert step.memory_analysis().temp_size_in_bytes < keys.nbytes
+
+
+def _compiled_step(config: Any, graphdef: Any, params: Any, dtype: Any, *, length: int = 64) -> Any:
     state = module.State(
-        empty_cache(config.text, batch=2, length=64, dtype=dtype),
+        empty_cache(config.text, batch=2, length=length, dtype=dtype),
         jnp.zeros(2, jnp.int32),
         jnp.zeros(2, jnp.int32),
         jnp.int32(1),
