@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.convert.tensor import Tensor
 from llava_jax.errors import CheckpointError
 from llava_jax.models.parameters import Parameters
-from llava_jax.models.quantized import ABSMAX, CODES, quantize
+from llava_jax.models.quantized import ABSMAX, CODES, TURNED_ABSMAX, TURNED_CODES, Scheme, is_quantized, quantize
 from llava_jax.models.streamed import WEIGHT
 
 
@@ -24,15 +24,16 @@ def place_all(values: Mapping[str, Any], targets: Mapping[str, jax.ShapeDtypeStr
     """
     placed: Parameters = {}
     for name, target in targets.items():
-        if name.endswith(CODES):
-            stem = name.removesuffix(CODES)
-            halves = (target, targets[stem + ABSMAX])
-            placed[name], placed[stem + ABSMAX] = _place_quantized(f"{stem}.kernel", values, halves)
+        if name.endswith((CODES, TURNED_CODES)):
+            stem, is_turned = name.removesuffix(CODES).removesuffix(TURNED_CODES), name.endswith(TURNED_CODES)
+            scales = stem + (TURNED_ABSMAX if is_turned else ABSMAX)
+            halves = (target, targets[scales])
+            placed[name], placed[scales] = _place_quantized(f"{stem}.kernel", values, halves, is_turned=is_turned)
         elif name.endswith(WEIGHT):
             kernel = values[name.removesuffix(WEIGHT) + ".kernel"]
             turned = kernel.turned() if isinstance(kernel, Tensor) else kernel.T
             placed[name] = place(turned, target.dtype, target.sharding)
-        elif not name.endswith(ABSMAX):
+        elif not is_quantized(name):
             placed[name] = place(values[name], target.dtype, target.sharding)
     return placed
 
@@ -74,15 +75,25 @@ def _exchange(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Arra
 
 
 def _place_quantized(
-    name: str, values: Mapping[str, Any], targets: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+    name: str,
+    values: Mapping[str, Any],
+    targets: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    *,
+    is_turned: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """A kernel's codes and scales, computed from the values as they are in the file, where the codes will lie."""
     codes, absmax = targets
     kernel = place(values[name], values[name].dtype, codes.sharding)
     scheme = "int8" if codes.dtype == np.int8 else "nf4"
-    compiled = jax.jit(quantize, static_argnums=1, out_shardings=(codes.sharding, absmax.sharding))
+    compute = _turned_codes if is_turned else quantize
+    compiled = jax.jit(compute, static_argnums=1, out_shardings=(codes.sharding, absmax.sharding))
     # Asked of the kernel: a largest magnitude may leave out what is no number.
     if not jnp.isfinite(kernel).all():
         raise CheckpointError(f"Only finite weights can be quantized; {name} has others. Load it without quantizing.")
     # Waited for, or kernels would queue up faster than they are quantized.
     return jax.block_until_ready(compiled(kernel, scheme))
+
+
+def _turned_codes(kernel: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
+    codes, absmax = quantize(kernel, scheme)
+    return codes.T, absmax.T

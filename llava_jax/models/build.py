@@ -35,8 +35,8 @@ def structure(
 ) -> tuple[GraphDef, Parameters]:
     """The structure of a shape and its abstract parameters, at no cost: 34B takes no memory.
 
-    `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them; `streamed` holds what is
-    left of them, and the head, as CPUs decode with it fastest.
+    `quantize` holds the decoder's linear layers as codes; `lora` puts adapters beside them; `streamed` holds those
+    without adapters, and the head, as CPUs decode with them fastest.
     """
 
     def build() -> Llava | Clip:

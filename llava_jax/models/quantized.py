@@ -12,6 +12,8 @@ from llava_jax.models.llama import Llama, replace_linear_layers
 
 Scheme = Literal["int8", "nf4"]
 CODES, ABSMAX = ".codes", ".absmax"
+# The same transposed; see models/streamed.py.
+TURNED_CODES, TURNED_ABSMAX = ".turned_codes", ".turned_absmax"
 # Inputs of one output that share a scale in nf4.
 BLOCK = 64
 # Of so few, as in decoding, a product's result is far smaller than its kernel, even held twice and in float32.
@@ -74,7 +76,7 @@ def kernel_shape(codes: Any) -> tuple[int, int]:
 
 def is_quantized(name: str) -> bool:
     """Whether a parameter is half of a quantized kernel, to be kept in its own dtype."""
-    return name.endswith((CODES, ABSMAX))
+    return name.endswith((CODES, ABSMAX, TURNED_CODES, TURNED_ABSMAX))
 
 
 @jax.custom_vjp
@@ -135,16 +137,17 @@ def _halves(
 ) -> tuple[Float[Array, "c f"], Float[Array, "c f"]]:
     """Rows 0, 2, 4, ... and 1, 3, 5, ... of an nf4 kernel, computed in float32 and rounded once."""
     scale = jnp.repeat(absmax, BLOCK // 2, axis=0)[: len(codes)]
-    return (_levels(codes >> 4) * scale).astype(dtype), (_levels(codes & 15) * scale).astype(dtype)
+    return (levels(codes >> 4) * scale).astype(dtype), (levels(codes & 15) * scale).astype(dtype)
 
 
-def _levels(codes: UInt8[Array, "c f"]) -> Float[Array, "c f"]:
+def levels(codes: UInt8[Array, "*axes"]) -> Float[Array, "*axes"]:
     """The level of each code: four rounds of selection, bit by bit, since a table would be gathered from."""
-    chosen: list[Any] = list(NF4)
+    chosen = [jax.lax.full_like(codes, level, jnp.float32) for level in NF4]
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)
-        chosen = [jnp.where(is_set, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
-    return chosen[0].astype(jnp.float32)
+        # Not `jnp.where`, a call, which would stay one in what must not be inlined (models/streamed.py).
+        chosen = [jax.lax.select(is_set, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
+    return chosen[0]
 
 
 def _nonzero(absmax: Float[Array, "..."]) -> Float[Array, "..."]:

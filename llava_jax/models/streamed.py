@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from llava_jax.models.attention import attend_whole, score_whole
 from llava_jax.models.layers import Embed, Linear
 from llava_jax.models.llama import Llama, replace_linear_layers
+from llava_jax.models.quantized import BLOCK, QuantizedLinear, dequantize, kernel_shape, levels
 
 WEIGHT = ".weight"
+# A kernel turned, or its codes.
+Weight = Float[Array, "f d"] | Int8[Array, "f d"]
 # More tokens are multiplied faster by the library that XLA calls, which first copies the weights piece by piece.
 FEW_TOKENS = 8
 # Outputs whose weights are read in turns: a processor fetches several streams at a time, and has room for so many sums.
@@ -24,15 +27,19 @@ def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[A
     """`x @ weight.T` in float32."""
     tokens = x.reshape(-1, x.shape[-1])
     if len(tokens) <= FEW_TOKENS:
-        # A call of its own, or XLA would compute what the tokens come from anew for every output.
-        with set_xla_metadata(inlineable="false"):
-            product = _of_few(tokens, weight, streams=STREAMS_OF_TWO if len(tokens) <= 2 else STREAMS)
+        product = _stream(tokens, weight)
     else:
         # The weights first, and no operand turned in the product: the library is slow at reading those.
         weight, turned = jax.lax.optimization_barrier((weight, tokens.T))
         product = jnp.matmul(weight, turned, preferred_element_type=jnp.float32)
         product = jax.lax.optimization_barrier(product).T
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _stream(tokens: Float[Array, "b d"], weight: Weight) -> Float[Array, "b f"]:
+    # A call of its own, or XLA would compute what the tokens come from anew for every output.
+    with set_xla_metadata(inlineable="false"):
+        return _of_few(tokens, weight, streams=STREAMS_OF_TWO if len(tokens) <= 2 else STREAMS)
 
 
 def score_streamed(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> Float[Array, "b k g t s"]:
@@ -52,7 +59,7 @@ attend_streamed = functools.partial(attend_whole, score=score_streamed)
 
 
 @functools.partial(jax.jit, static_argnames="streams")
-def _of_few(tokens: Float[Array, "b d"], weight: Float[Array, "f d"], *, streams: int) -> Float[Array, "b f"]:
+def _of_few(tokens: Float[Array, "b d"], weight: Weight, *, streams: int) -> Float[Array, "b f"]:
     """One pass over the weights that adds to a sum for each token and stream.
 
     Fast where XLA may add up in any order (llava_jax/compiler.py): it makes a loop over vectors of it, and every weight
@@ -63,7 +70,7 @@ def _of_few(tokens: Float[Array, "b d"], weight: Float[Array, "f d"], *, streams
     return jnp.concatenate([_pass(tokens, weight[:even], streams), _pass(tokens, weight[even:], 1)], axis=1)
 
 
-def _pass(tokens: Float[Array, "b d"], weight: Float[Array, "f d"], streams: int) -> Float[Array, "b f"]:
+def _pass(tokens: Float[Array, "b d"], weight: Weight, streams: int) -> Float[Array, "b f"]:
     parts = weight.reshape(streams, -1, weight.shape[1])
     products = [token * part.astype(jnp.float32) for token in tokens for part in parts]
     sums = jax.lax.reduce(products, [jnp.float32(0)] * len(products), _add, dimensions=(1,))
@@ -89,6 +96,41 @@ class StreamedLinear(nnx.Module):
         return self.weight[...].T
 
 
+class StreamedQuantizedLinear(nnx.Module):
+    """A quantized layer whose codes are held turned; those of few tokens are multiplied as they are read."""
+
+    def __init__(self, linear: QuantizedLinear):
+        codes, absmax = linear.codes, linear.absmax
+        self.turned_codes = nnx.Param(jnp.zeros(codes.shape[::-1], codes.dtype))
+        self.turned_absmax = nnx.Param(jnp.zeros(absmax.shape[::-1], absmax.dtype))
+
+    def __call__(self, x: Float[Array, "*axes d"]) -> Float[Array, "*axes f"]:
+        # As in `multiply` of quantized.py: nothing may depend on the weights alone.
+        x, codes, absmax = jax.lax.optimization_barrier((x, self.turned_codes[...], self.turned_absmax[...]))
+        tokens = x.reshape(-1, x.shape[-1])
+        if len(tokens) > FEW_TOKENS:
+            product = multiply(tokens, dequantize(codes.T, absmax.T, x.dtype).T)
+        elif codes.dtype == jnp.int8:
+            product = _stream(tokens, codes) * (absmax[:, 0] / 127)
+        else:
+            with set_xla_metadata(inlineable="false"):
+                product = _of_few_in_nf4(tokens, codes, absmax)
+        return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+@jax.jit
+def _of_few_in_nf4(
+    tokens: Float[Array, "b d"], codes: UInt8[Array, "f c"], absmax: Float[Array, "f s"]
+) -> Float[Array, "b f"]:
+    """One pass over the codes: levels are told apart bit by bit, once for all tokens."""
+    f, s = absmax.shape
+    first, second = (tokens.astype(jnp.float32)[:, i::2].reshape(len(tokens), s, -1) for i in (0, 1))
+    blocks = codes.reshape(f, s, -1)
+    highs, lows = (levels(half) * absmax[:, :, None] for half in (blocks >> 4, blocks & 15))
+    products = [a * highs + b * lows for a, b in zip(first, second, strict=True)]
+    return jnp.stack(jax.lax.reduce(products, [jnp.float32(0)] * len(products), _add, dimensions=(1, 2)))
+
+
 class StreamedEmbed(nnx.Module):
     """A table of vectors; the barrier keeps XLA from widening all of it, before a loop, to what its use computes in."""
 
@@ -100,9 +142,12 @@ class StreamedEmbed(nnx.Module):
 
 
 def stream_layers(decoder: Llama) -> None:
-    """Makes a decoder's table, linear layers and head streamed ones, except where they are quantized."""
+    """Makes a decoder's table, linear layers and head streamed ones, but for adapted layers and nf4 in odd blocks."""
 
     def streamed(linear: Any) -> Any:
+        if isinstance(linear, QuantizedLinear):
+            is_even = linear.codes.dtype == jnp.int8 or kernel_shape(linear.codes)[0] % BLOCK == 0
+            return StreamedQuantizedLinear(linear) if is_even else linear
         return StreamedLinear(linear) if isinstance(linear, Linear) else linear
 
     replace_linear_layers(decoder, streamed)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llava_jax.compiler import compiler_options
 from llava_jax.convert.arrays import place_all
@@ -18,9 +19,11 @@ from llava_jax.inference.generate import logits_of
 from llava_jax.inference.model import Model, hold
 from llava_jax.models.attention import attend_xla
 from llava_jax.models.build import random_parameters, structure
+from llava_jax.models.layers import Linear
 from llava_jax.models.llama import empty_cache
 from llava_jax.models.parameters import bind
-from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, attend_streamed, multiply
+from llava_jax.models.quantized import QuantizedLinear, dequantize, quantize
+from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, StreamedQuantizedLinear, attend_streamed, multiply
 from tests.tiny import LLAVA
 
 TIED = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, tie_embeddings=True))
@@ -58,10 +61,10 @@ def test_infinities_and_nan_stay_what_they_are(special: float):
 
 
 @pytest.mark.parametrize("config", [LLAVA, TIED], ids=["with a head", "tied"])
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_streamed_model_is_the_plain_one(config: Any, quantize: Any):
-    streamed = hold(config, values(config), quantize=quantize)
-    graphdef, shapes = structure(config, quantize=quantize)
+@pytest.mark.parametrize("scheme", [None, "int8", "nf4"])
+def test_a_streamed_model_is_the_plain_one(config: Any, scheme: Any):
+    streamed = hold(config, values(config), quantize=scheme)
+    graphdef, shapes = structure(config, quantize=scheme)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for name, v in shapes.items()}
     plain = Model(config=config, graphdef=graphdef, params=place_all(values(config), targets))
@@ -84,6 +87,54 @@ def test_a_streamed_model_is_the_plain_one(config: Any, quantize: Any):
 
     assert streamed.graphdef != plain.graphdef
     np.testing.assert_allclose(logits(streamed), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("axes", [(1, 1), (FEW_TOKENS, 1), (1, FEW_TOKENS + 1)])
+def test_streamed_codes_are_multiplied_as_the_kernel_they_stand_for(axes: tuple[int, int], scheme: Any, dtype: Any):
+    rng = np.random.default_rng(0)
+    kernel, x = (rng.standard_normal(shape, np.float32) for shape in ((192, 37), (*axes, 192)))
+    codes, absmax = quantize(jnp.asarray(kernel), scheme)
+    layer = _streamed_codes(scheme, kernel.shape)
+    layer.turned_codes[...], layer.turned_absmax[...] = codes.T, absmax.T
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    x = jnp.asarray(x, dtype)
+    found = jax.jit(layer, compiler_options=options)(x)
+    assert found.dtype == dtype
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(codes, absmax, jnp.float32))
+    off = np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+    assert off < (1e-6 if dtype == jnp.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_streamed_product_writes_no_kernel(scheme: Any):
+    """Within a loop over tokens, at which XLA may neither keep it from before nor make it anew."""
+    graphdef, state = nnx.split(_streamed_codes(scheme, (1024, 1024)))
+
+    def run(state: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 3, lambda _, x: nnx.merge(graphdef, state)(x), x)
+
+    options = compiler_options(jax.devices()[0], in_any_order=True)
+    program = jax.jit(run, compiler_options=options).lower(state, jnp.zeros((FEW_TOKENS, 1024))).compile()
+    # In float32 a kernel takes 4 MB.
+    assert program.memory_analysis().temp_size_in_bytes < 300_000
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "is_streamed"), [("int8", 96, True), ("nf4", 96, False), ("nf4", 128, True)]
+)
+def test_nf4_is_streamed_in_whole_blocks(scheme: Any, width: int, is_streamed: bool):
+    text = dataclasses.replace(LLAVA.text, embed_dim=width, hidden_dim=128)
+    config = dataclasses.replace(LLAVA, text=text)
+    names = hold(config, random_parameters(config, ("tower", "projector", "decoder"), seed=0), quantize=scheme).params
+    ends = (".turned_codes", ".turned_absmax") if is_streamed else (".codes", ".absmax")
+    assert {f"decoder.layers.0.mlp.up_proj{end}" for end in ends} <= set(names)
+
+
+def _streamed_codes(scheme: Any, shape: tuple[int, int]) -> StreamedQuantizedLinear:
+    linear = Linear(*shape, use_bias=False, rngs=nnx.Rngs(0))
+    return StreamedQuantizedLinear(QuantizedLinear(linear, scheme))
 
 
 def test_a_file_is_turned_as_it_is_read():
