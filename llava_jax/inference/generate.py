@@ -334,9 +334,11 @@ def sample(logits: Float[Array, "b v"], choose: _Choice, count: Int[Array, ""], 
 
 def _largest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """`jnp.argmax` of each row, by two passes over vectors; on CPUs that one compares number by number."""
-    is_largest = (logits == logits.max(axis=-1, keepdims=True)) | jnp.isnan(logits)
+    is_nan = jnp.isnan(logits)
+    # Asked for apart: the largest of numbers with a NaN may be a number (see WITHOUT_YNNPACK in compiler.py).
+    is_largest = jnp.where(is_nan.any(axis=-1, keepdims=True), is_nan, logits == logits.max(axis=-1, keepdims=True))
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    return jnp.where(is_largest, ids, len(ids)).min(axis=-1)
+    return jnp.where(is_largest, ids, len(ids) - 1).min(axis=-1)
 
 
 def restrict(logits: Float[Array, "b v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "b v"]:

@@ -54,7 +54,7 @@ def score_streamed(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> 
     return scores.reshape(b, num_kv_heads, g, t, -1)
 
 
-# For decoding.
+# What decoding attends with; of more than 8 queries a key head, scores are XLA's own product.
 attend_streamed = functools.partial(attend_whole, score=score_streamed)
 
 
@@ -105,17 +105,23 @@ class StreamedQuantizedLinear(nnx.Module):
         self.turned_absmax = nnx.Param(jnp.zeros(absmax.shape[::-1], absmax.dtype))
 
     def __call__(self, x: Float[Array, "*axes d"]) -> Float[Array, "*axes f"]:
-        # As in `multiply` of quantized.py: nothing may depend on the weights alone.
-        x, codes, absmax = jax.lax.optimization_barrier((x, self.turned_codes[...], self.turned_absmax[...]))
+        codes, absmax = self.turned_codes[...], self.turned_absmax[...]
         tokens = x.reshape(-1, x.shape[-1])
-        if len(tokens) > FEW_TOKENS:
-            product = multiply(tokens, dequantize(codes.T, absmax.T, x.dtype).T)
-        elif codes.dtype == jnp.int8:
+        if len(tokens) <= FEW_TOKENS and codes.dtype == jnp.int8:
             product = _stream(tokens, codes) * (absmax[:, 0] / 127)
         else:
+            # A call: barriers do not keep XLA's CPU backend from making the kernels of all layers before the first.
             with set_xla_metadata(inlineable="false"):
-                product = _of_few_in_nf4(tokens, codes, absmax)
+                compute = _of_few_in_nf4 if len(tokens) <= FEW_TOKENS else _of_many_in_codes
+                product = compute(tokens, codes, absmax)
         return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+@jax.jit
+def _of_many_in_codes(
+    tokens: Float[Array, "b d"], codes: Int8[Array, "f c"] | UInt8[Array, "f c"], absmax: Float[Array, "f s"]
+) -> Float[Array, "b f"]:
+    return multiply(tokens, dequantize(codes.T, absmax.T, tokens.dtype).T)
 
 
 @jax.jit
@@ -146,8 +152,8 @@ def stream_layers(decoder: Llama) -> None:
 
     def streamed(linear: Any) -> Any:
         if isinstance(linear, QuantizedLinear):
-            is_even = linear.codes.dtype == jnp.int8 or kernel_shape(linear.codes)[0] % BLOCK == 0
-            return StreamedQuantizedLinear(linear) if is_even else linear
+            has_whole_blocks = linear.codes.dtype == jnp.int8 or kernel_shape(linear.codes)[0] % BLOCK == 0
+            return StreamedQuantizedLinear(linear) if has_whole_blocks else linear
         return StreamedLinear(linear) if isinstance(linear, Linear) else linear
 
     replace_linear_layers(decoder, streamed)

@@ -392,10 +392,10 @@ def test_greedy_takes_the_first_of_the_largest_as_argmax_does():
     logits[7, 2], logits[7, 9] = np.inf, np.nan
     logits[8] = -np.abs(logits[8])
     logits[8, [20, 30]] = -0.0, 0.0
-    options = compiler_options(jax.devices()[0], in_any_order=True)
-    found = jax.jit(module._largest, compiler_options=options)(logits)
-    assert found.dtype == np.int32
-    np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
+    for options in (compiler_options(jax.devices()[0], in_any_order=True), None):
+        found = jax.jit(module._largest, compiler_options=options)(logits)
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
 
 
 def test_answers_of_any_length_and_streams_share_a_compilation(
