@@ -97,7 +97,10 @@ class StreamedLinear(nnx.Module):
 
 
 class StreamedQuantizedLinear(nnx.Module):
-    """A quantized layer whose codes are held turned; those of few tokens are multiplied as they are read."""
+    """A quantized layer whose codes are held turned; for few tokens they are multiplied as they are read, in float32.
+
+    For more the kernel is rounded to x's dtype, int8's too, as `multiply` of quantized.py does beyond its 64 tokens.
+    """
 
     def __init__(self, linear: QuantizedLinear):
         codes, absmax = linear.codes, linear.absmax
