@@ -18,7 +18,7 @@ WEIGHT = ".weight"
 # A kernel turned, or its codes.
 Weight = Float[Array, "f d"] | Int8[Array, "f d"]
 # More tokens are multiplied faster by the library that XLA calls, which first copies the weights piece by piece.
-FEW_TOKENS = 8
+MOST_STREAMED = 8
 # Outputs whose weights are read in turns: a processor fetches several streams at a time, and has room for so many sums.
 STREAMS, STREAMS_OF_TWO, STREAMS_OF_KEYS = 4, 8, 2
 
@@ -26,7 +26,7 @@ STREAMS, STREAMS_OF_TWO, STREAMS_OF_KEYS = 4, 8, 2
 def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[Array, "*axes f"]:
     """`x @ weight.T` in float32."""
     tokens = x.reshape(-1, x.shape[-1])
-    if len(tokens) <= FEW_TOKENS:
+    if len(tokens) <= MOST_STREAMED:
         product = _stream(tokens, weight)
     else:
         # The weights first, and no operand turned in the product: the library is slow at reading those.
@@ -45,7 +45,7 @@ def _stream(tokens: Float[Array, "b d"], weight: Weight) -> Float[Array, "b f"]:
 def score_streamed(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> Float[Array, "b k g t s"]:
     """Products of queries and keys in float32, as of tokens and weights: XLA's own take one core."""
     b, t, num_kv_heads, g, h = q.shape
-    if t * g > FEW_TOKENS:
+    if t * g > MOST_STREAMED:
         return score_whole(q, k)
     queries = jnp.moveaxis(q, 1, 3).reshape(b * num_kv_heads, g * t, h)
     keys = jnp.moveaxis(k, 2, 1).reshape(b * num_kv_heads, -1, h)
@@ -110,12 +110,12 @@ class StreamedQuantizedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*axes d"]) -> Float[Array, "*axes f"]:
         codes, absmax = self.turned_codes[...], self.turned_absmax[...]
         tokens = x.reshape(-1, x.shape[-1])
-        if len(tokens) <= FEW_TOKENS and codes.dtype == jnp.int8:
+        if len(tokens) <= MOST_STREAMED and codes.dtype == jnp.int8:
             product = _stream(tokens, codes) * (absmax[:, 0] / 127)
         else:
             # A call: barriers do not keep XLA's CPU backend from making the kernels of all layers before the first.
             with set_xla_metadata(inlineable="false"):
-                compute = _of_few_in_nf4 if len(tokens) <= FEW_TOKENS else _of_many_in_codes
+                compute = _of_few_in_nf4 if len(tokens) <= MOST_STREAMED else _of_many_in_codes
                 product = compute(tokens, codes, absmax)
         return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
 

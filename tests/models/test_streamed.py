@@ -23,7 +23,7 @@ from llava_jax.models.layers import Linear
 from llava_jax.models.llama import empty_cache
 from llava_jax.models.parameters import bind
 from llava_jax.models.quantized import QuantizedLinear, dequantize, quantize
-from llava_jax.models.streamed import FEW_TOKENS, StreamedLinear, StreamedQuantizedLinear, attend_streamed, multiply
+from llava_jax.models.streamed import MOST_STREAMED, StreamedLinear, StreamedQuantizedLinear, attend_streamed, multiply
 from tests.tiny import LLAVA
 
 TIED = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, tie_embeddings=True))
@@ -35,7 +35,7 @@ def values(config: Any = LLAVA) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("outputs", [1, 4, 7, 18])
-@pytest.mark.parametrize("axes", [(1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (2, 3), (5, 7)])
+@pytest.mark.parametrize("axes", [(1,), (MOST_STREAMED,), (MOST_STREAMED + 1,), (2, 3), (5, 7)])
 def test_a_streamed_product_is_a_product(axes: tuple[int, ...], outputs: int):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((*axes, 37), (outputs, 37)))
@@ -45,7 +45,7 @@ def test_a_streamed_product_is_a_product(axes: tuple[int, ...], outputs: int):
     np.testing.assert_allclose(found, x.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [MOST_STREAMED, MOST_STREAMED + 1])
 def test_bfloat16_is_added_up_in_float32(tokens: int):
     ones = jnp.ones((tokens, 1000), jnp.bfloat16)
     found = jax.jit(multiply)(ones, jnp.full((5, 1000), 1.0078125, jnp.bfloat16))
@@ -95,7 +95,7 @@ def test_a_streamed_model_is_the_plain_one(config: Any, scheme: Any):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-@pytest.mark.parametrize("axes", [(1, 1), (FEW_TOKENS, 1), (1, FEW_TOKENS + 1)])
+@pytest.mark.parametrize("axes", [(1, 1), (MOST_STREAMED, 1), (1, MOST_STREAMED + 1)])
 def test_streamed_codes_are_multiplied_as_the_kernel_they_stand_for(axes: tuple[int, int], scheme: Any, dtype: Any):
     rng = np.random.default_rng(0)
     kernel, x = (rng.standard_normal(shape, np.float32) for shape in ((192, 37), (*axes, 192)))
@@ -111,7 +111,7 @@ def test_streamed_codes_are_multiplied_as_the_kernel_they_stand_for(axes: tuple[
     assert off < (1e-6 if dtype == jnp.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [MOST_STREAMED, MOST_STREAMED + 1])
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_streamed_products_write_no_kernels(scheme: Any, tokens: int):
     """Of four layers in a loop over tokens: none for few tokens, one at a time for many, and none before the loop."""
@@ -124,7 +124,7 @@ def test_streamed_products_write_no_kernels(scheme: Any, tokens: int):
     options = compiler_options(jax.devices()[0], in_any_order=True)
     program = jax.jit(run, compiler_options=options).lower(state, jnp.zeros((tokens, 1024))).compile()
     # In float32 a kernel takes 4 MB.
-    most = 300_000 if tokens == FEW_TOKENS else 4_800_000
+    most = 300_000 if tokens == MOST_STREAMED else 4_800_000
     assert program.memory_analysis().temp_size_in_bytes < most
 
 
@@ -174,6 +174,13 @@ def test_decoding_in_bfloat16_widens_no_weights():
     temporary = _compiled_step(config, graphdef, params, jnp.bfloat16).memory_analysis().temp_size_in_bytes
     # In float32 the table takes 8 MB, the kernels of the layers as much, and so does the head.
     assert temporary < 1_600_000
+
+
+def test_decoding_streams_all_but_the_values():
+    """Of the products of a step XLA's own are one a layer, that of weights and values."""
+    model = hold(LLAVA, values())
+    text = _compiled_step(model.config, model.graphdef, model.params, jnp.float32).as_text()
+    assert len(re.findall(r" dot\(", text)) == LLAVA.text.num_layers
 
 
 def test_decoding_copies_no_cache():
