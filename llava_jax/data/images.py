@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from llava_jax.data.anyres import AnyRes, Layout, one_tile
+from llava_jax.data.resample import pad_and_resize, resize
 from llava_jax.errors import Refused
 from llava_jax.shapes import LlavaConfig
 
@@ -147,9 +148,9 @@ def cut_tiles(image: Image.Image, *, size: int, mode: ImageMode) -> UInt8[np.nda
         fitted = min(math.ceil(rgb.width * by_height), width), height
     canvas = np.zeros((height, width, 3), np.uint8)
     left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
-    canvas[top : top + fitted[1], left : left + fitted[0]] = np.asarray(rgb.resize(fitted, Image.Resampling.BICUBIC))
+    canvas[top : top + fitted[1], left : left + fitted[0]] = resize(rgb, fitted)
     grid = canvas.reshape(height // size, size, width // size, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
-    return np.concatenate([np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))[None], grid])
+    return np.concatenate([resize(rgb, (size, size))[None], grid])
 
 
 def decode(image: Image.Image, *, size: int, mode: OneTile) -> UInt8[np.ndarray, "size size 3"]:
@@ -163,7 +164,14 @@ def decode(image: Image.Image, *, size: int, mode: OneTile) -> UInt8[np.ndarray,
       Refused: the pixels are damaged.
     """
     rgb = _to_rgb(image)
-    return np.asarray(_pad_and_resize(rgb, size) if mode == "pad" else _resize_and_crop(rgb, size))
+    if rgb.size == (size, size):
+        return np.asarray(rgb)
+    if mode == "pad":
+        return pad_and_resize(rgb, size, PAD_COLOUR)
+    short = min(rgb.size)
+    width, height = (size * side // short for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return resize(rgb, (width, height), (left, top, left + size, top + size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -174,32 +182,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Pillow raises whatever its code meets in damaged bytes, such as IndexError for a colour profile that is too short.
     except Exception as error:
         raise Refused("damaged picture", f"{getattr(image, 'filename', '') or 'picture'}: {error}") from None
-
-
-# Pillow resamples wide pictures along rows first, then along columns, and rounds in between (tall ones it may turn
-# about). So both functions below do the passes of a wide picture one by one, each on what is kept of its result: the
-# bits are those of the whole picture.
-
-
-def _resize_and_crop(rgb: Image.Image, size: int) -> Image.Image:
-    """The centre of the picture whose shorter side is brought to this size."""
-    if rgb.size == (size, size):
-        return rgb
-    short = min(rgb.size)
-    width, height = (size * side // short for side in rgb.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if width > height:
-        rows = rgb.resize((width, rgb.height), Image.Resampling.BICUBIC).crop((left, 0, left + size, rgb.height))
-        return rows.resize((size, size), Image.Resampling.BICUBIC)
-    return rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-
-
-def _pad_and_resize(rgb: Image.Image, size: int) -> Image.Image:
-    """The picture in a square of `PAD_COLOUR`, at this size."""
-    width, height = rgb.size
-    side = max(width, height)
-    if width > height:
-        rgb = rgb.resize((size, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (size if width > height else side, side), PAD_COLOUR)
-    square.paste(rgb, ((square.width - rgb.width) // 2, (square.height - rgb.height) // 2))
-    return square.resize((size, size), Image.Resampling.BICUBIC)

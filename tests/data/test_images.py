@@ -85,19 +85,6 @@ def processor():
     return CLIPImageProcessorPil
 
 
-def test_wide_pictures_resampled_pass_by_pass_are_those_resampled_at_once():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        height, width = sorted(map(int, rng.integers(2, 400, 2)))
-        size = int(rng.choice([14, 56, 112]))
-        image = _picture(rng, width, height, mode="RGB")
-        scaled = image.resize((size * width // height, size), Image.Resampling.BICUBIC)
-        left = (scaled.width - size) // 2
-        square = _expand2square(image).resize((size, size), Image.Resampling.BICUBIC)
-        for mode, whole in (("square", scaled.crop((left, 0, left + size, size))), ("pad", square)):
-            np.testing.assert_array_equal(decode(image, size=size, mode=mode), np.asarray(whole), f"{width}x{height}")
-
-
 @pytest.mark.parametrize("seed", range(24))
 def test_pixels_are_those_of_the_hugging_face_processor(processor, seed: int):
     rng = np.random.default_rng(seed)
