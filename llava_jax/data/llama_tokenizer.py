@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from llava_jax.data.tokenizer import (
     ADDED,
@@ -45,6 +46,14 @@ class AddedToken(NamedTuple):
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+
+
+class Pieces(NamedTuple):
+    """A text cut by sentencepiece: pieces, their ids, and the characters where they start."""
+
+    texts: list[str]
+    ids: list[int]
+    starts: Int[np.ndarray, " t"]
 
 
 class LlamaTokenizer(Tokenizer):
@@ -145,20 +154,16 @@ class LlamaTokenizer(Tokenizer):
         shift = 0 if self.legacy else 1
         text = text if self.legacy else UNDERLINE + text.replace(UNDERLINE, " ")
         ids: list[int] = []
-        starts: list[int] = []
+        starts = [np.zeros(0, np.int32)]
         pieces: list[str] = []
         for start, part, token in self._split(text):
-            if token:
-                new = [(part, self._added_ids[part], 0)]
-            else:
-                new = self._pieces(part)
-            for piece, token_id, at in new:
-                pieces.append(piece)
-                ids.append(token_id)
-                starts.append(max(start + at - shift, 0))
+            new = Pieces([part], [self._added_ids[part]], np.zeros(1, np.int32)) if token else self._pieces(part)
+            pieces += new.texts
+            ids += new.ids
+            starts.append(np.maximum(new.starts + (start - shift), 0))
         # Nothing comes between the start and a special token.
         first = 1 if shift and len(pieces) > 1 and pieces[0] == UNDERLINE and pieces[1] in self._specials else 0
-        return Encoding(np.array(ids[first:], np.int32), np.array(starts[first:], np.int32))
+        return Encoding(np.array(ids[first:], np.int32), np.concatenate(starts)[first:])
 
     def _split(self, text: str) -> Iterator[tuple[int, str, bool]]:
         """Start, text and whether it is an added token, of every part of `text`; added tokens win from the left."""
@@ -185,15 +190,15 @@ class LlamaTokenizer(Tokenizer):
             if part:
                 yield start, part, part in self._by_content
 
-    def _pieces(self, text: str) -> list[tuple[str, int, int]]:
-        """Piece, id and start of what sentencepiece makes of a text without added tokens."""
+    def _pieces(self, text: str) -> Pieces:
+        """What sentencepiece makes of a text without added tokens."""
         if self.legacy or not text.startswith((UNDERLINE, " ")):
             return _encode(self._model, text)
         # Without its dummy prefix sentencepiece strips a leading space; one after an unknown token it keeps.
         unknown = self._special["unk_token"]
-        pieces = _encode(self._model, unknown + text)
+        texts, ids, starts = _encode(self._model, unknown + text)
         dropped = len(self._model.encode(unknown))
-        return [(piece, token_id, max(at - len(unknown), 0)) for piece, token_id, at in pieces[dropped:]]
+        return Pieces(texts[dropped:], ids[dropped:], np.maximum(starts[dropped:] - len(unknown), 0))
 
     def decode(self, ids: Sequence[int]) -> str:
         texts: list[str] = []
@@ -241,10 +246,10 @@ class LlamaTokenizer(Tokenizer):
         Path(folder, CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _encode(model: "sentencepiece.SentencePieceProcessor", text: str) -> list[tuple[str, int, int]]:
+def _encode(model: "sentencepiece.SentencePieceProcessor", text: str) -> Pieces:
     mapping = model.encode(text, return_type="offset_mapping")
-    starts = (start for start, _ in mapping["offsets"])
-    return list(zip(mapping["pieces"], mapping["ids"], starts, strict=True))
+    starts = np.array([start for start, _ in mapping["offsets"]], np.int32)
+    return Pieces(mapping["pieces"], mapping["ids"], starts)
 
 
 def _token(value: Any) -> AddedToken:

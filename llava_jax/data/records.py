@@ -99,8 +99,10 @@ def _parse_turn(value: Any) -> Turn:
 
 def require_unicode(text: str) -> None:
     """Raises `Refused` for text that no tokenizer takes."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Refused("malformed", f"text must be valid Unicode; got a lone surrogate in {_show(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused("malformed", f"text must be valid Unicode; got a lone surrogate in {_show(text)}") from None
 
 
 def _show(value: Any) -> str:
