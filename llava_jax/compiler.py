@@ -20,9 +20,9 @@ ASYNC_GATHERS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-# Sums over vectors of numbers, where XLA would otherwise add one number after another on CPUs, and vectors of 512 bits
-# where the processor has them. Products and sums of infinities and NaN stay what they are, divisions and functions as
-# exact; only what cancels out may lose them: `x - x` becomes 0.
+# Sums over vectors of numbers, where XLA would otherwise add one number after another on CPUs, or in windows of a few,
+# and vectors of 512 bits where the processor has them. Products and sums of infinities and NaN stay what they are,
+# divisions and functions as exact; only what cancels out may lose them: `x - x` becomes 0.
 IN_ANY_ORDER = {
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_infs": True,
@@ -30,6 +30,7 @@ IN_ANY_ORDER = {
     "xla_cpu_fast_math_honor_division": True,
     "xla_cpu_fast_math_honor_functions": True,
     "xla_cpu_prefer_vector_width": 512,
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
 OPTIONS = {"cpu": WITHOUT_YNNPACK, "tpu": ASYNC_GATHERS}
 

@@ -29,11 +29,18 @@ def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[A
     if len(tokens) <= MOST_STREAMED:
         product = _stream(tokens, weight)
     else:
-        # The weights first, and no operand turned in the product: the library is slow at reading those.
-        weight, turned = jax.lax.optimization_barrier((weight, tokens.T))
-        product = jnp.matmul(weight, turned, preferred_element_type=jnp.float32)
-        product = jax.lax.optimization_barrier(product).T
+        # A call, or XLA's CPU backend would widen the bfloat16 kernels of all layers before the first.
+        with set_xla_metadata(inlineable="false"):
+            product = _of_many(tokens, weight)
     return product.reshape(*x.shape[:-1], -1)
+
+
+@jax.jit
+def _of_many(tokens: Float[Array, "b d"], weight: Float[Array, "f d"]) -> Float[Array, "b f"]:
+    # The weights first, and no operand turned in the product: the library is slow at reading those.
+    weight, turned = jax.lax.optimization_barrier((weight, tokens.T))
+    product = jnp.matmul(weight, turned, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).T
 
 
 def _stream(tokens: Float[Array, "b d"], weight: Weight) -> Float[Array, "b f"]:
@@ -113,7 +120,7 @@ class StreamedQuantizedLinear(nnx.Module):
         if len(tokens) <= MOST_STREAMED and codes.dtype == jnp.int8:
             product = _stream(tokens, codes) * (absmax[:, 0] / 127)
         else:
-            # A call: barriers do not keep XLA's CPU backend from making the kernels of all layers before the first.
+            # A call, as above: barriers do not keep XLA from making all kernels first.
             with set_xla_metadata(inlineable="false"):
                 compute = _of_few_in_nf4 if len(tokens) <= MOST_STREAMED else _of_many_in_codes
                 product = compute(tokens, codes, absmax)
