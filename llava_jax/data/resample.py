@@ -2,15 +2,15 @@
 
 Products keep a CPU's vector units busy, which Pillow's loops over single pixels leave idle.
 
-Source: src/libImaging/Resample.c of Pillow (`precompute_coeffs`, `normalize_coeffs_8bpc`, `ImagingResampleInner`): rows
-first, then columns, sums of integers, halves rounded up to a byte after each.
+Source: src/libImaging/Resample.c of Pillow (`precompute_coeffs`, `normalize_coeffs_8bpc`, `ImagingResampleInner`): sums
+of integers along rows, then along columns, rounded to bytes after each, halves up.
 """
 
 import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -19,17 +19,17 @@ from PIL import Image
 # Pillow's weights for bytes are multiples of 1 / UNIT (`PRECISION_BITS`); bicubic ones reach two pixels far.
 UNIT = 1 << 22
 REACH = 2
-# Sums are multiples of 1 / UNIT, too. Larger by this share they are still nearest to the same byte, but halves, which
-# `np.rint` takes to even bytes, are no halves any more and go up as Pillow's do.
+# Sums are multiples of 1 / UNIT, too. With weights larger by this share, far more than float64 rounds, they are nearest
+# to the same bytes, but halves, which `np.rint` takes to even ones, are more than halves and go up as Pillow's do.
 UP = 1 + 2.0**-32
 # Places of the result that one product makes: more of them multiply more zeros, fewer call BLAS more often.
 BLOCK = 8
-# Rows that one product takes: a library for them may divide larger ones between threads, of which readers have enough.
+# Rows of one product. A library for products may divide large ones between threads, of which readers have enough.
 ROWS = 512
-# From this scale on Pillow is as fast, and its memory does not grow with the picture's.
+# Pillow is as fast above this scale, and where arrays of so many numbers leave a core's cache.
 LARGEST_SCALE = 4
+LARGEST_ARRAY = 1 << 21
 
-Bytes = UInt8[np.ndarray, "_ _"]
 Numbers = Float64[np.ndarray, "_ _"]
 
 
@@ -37,8 +37,8 @@ Numbers = Float64[np.ndarray, "_ _"]
 class Line:
     """How places of a resampled line come from a line of pixels.
 
-    `reads` is what they need of the old line. A block is a part of that, the places that need no more, and weights,
-    [pixels, places].
+    `reads` are the pixels that they need. Each block has the part of those that its places need, the places, and the
+    weights, [pixels, places].
     """
 
     reads: slice
@@ -46,7 +46,7 @@ class Line:
     blocks: tuple[tuple[slice, slice, Numbers], ...]
 
     @classmethod
-    @functools.lru_cache(maxsize=256)
+    @functools.lru_cache(maxsize=128)
     def between(cls, old: int, new: int, first: int, last: int) -> "Line":
         """Places `first` up to `last` of the `new` ones that `old` pixels are resampled to."""
         scale = old / new
@@ -70,22 +70,24 @@ class Line:
             blocks.append((slice(begin, begin + count), slice(start, end), some[:, : end - start]))
         return cls(slice(int(begins[0]), int(begins[-1]) + count), last - first, tuple(blocks))
 
-    def across(self, band: UInt8[np.ndarray, "h pixels"]) -> Float64[np.ndarray, "h places"]:
+    @property
+    def pixels(self) -> int:
+        return self.reads.stop - self.reads.start
+
+    def across(self, numbers: Float64[np.ndarray, "h pixels"]) -> Float64[np.ndarray, "h places"]:
         """Rows of what `reads` names, resampled."""
-        sums = _memory("across", len(band), self.length)
-        for start in range(0, len(band), ROWS):
-            some = band[start : start + ROWS]
-            numbers = _memory("numbers", *some.shape)
-            numbers[:] = some
+        sums = _memory("across", len(numbers), self.length)
+        for start in range(0, len(numbers), ROWS):
+            some = numbers[start : start + ROWS]
             for pixels, places, weights in self.blocks:
-                np.matmul(numbers[:, pixels], weights, out=sums[start : start + ROWS, places])
+                np.matmul(some[:, pixels], weights, out=sums[start : start + ROWS, places])
         return _whole(sums)
 
-    def down(self, band: Float64[np.ndarray, "pixels w"]) -> Float64[np.ndarray, "places w"]:
+    def down(self, numbers: Float64[np.ndarray, "pixels w"]) -> Float64[np.ndarray, "places w"]:
         """Columns of what `reads` names, resampled."""
-        sums = _memory("down", self.length, band.shape[1])
+        sums = _memory("down", self.length, numbers.shape[1])
         for pixels, places, weights in self.blocks:
-            np.matmul(weights.T, band[pixels], out=sums[places])
+            np.matmul(weights.T, numbers[pixels], out=sums[places])
         return _whole(sums)
 
 
@@ -115,46 +117,53 @@ def resize(
     fewer_rows, fewer_columns = rgb.height - height, rgb.width - width
     # Of pictures that lose rows above all, Pillow 13 resamples columns first; earlier versions do not.
     columns_first = fewer_rows > max(0, 2 * fewer_columns)
-    if columns_first or max(rgb.width / width, rgb.height / height) > LARGEST_SCALE:
-        return np.asarray(rgb.resize(size, Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
-    across, down = Line.between(rgb.width, width, left, right), Line.between(rgb.height, height, top, bottom)
-    result = np.empty((bottom - top, right - left, 3), np.uint8)
-    _fill(result, (band[down.reads, across.reads] for band in _split(rgb)), across, down)
-    return result
+    if not columns_first and rgb.size != size and max(rgb.width / width, rgb.height / height) <= LARGEST_SCALE:
+        across, down = Line.between(rgb.width, width, left, right), Line.between(rgb.height, height, top, bottom)
+        if _is_small(across, down):
+            result = np.empty((bottom - top, right - left, 3), np.uint8)
+            for channel, band in enumerate(_bands(rgb)):
+                numbers = _memory("numbers", down.pixels, across.pixels)
+                numbers[:] = band[down.reads, across.reads]
+                result[..., channel] = down.down(across.across(numbers))
+            return result
+    return np.asarray(rgb.resize(size, Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
 
 
 def pad_and_resize(rgb: Image.Image, size: int, colour: tuple[int, int, int]) -> UInt8[np.ndarray, "size size 3"]:
     """The picture in the middle of a square of this colour, brought to `size` x `size`."""
     side = max(rgb.size)
     left, top = (side - rgb.width) // 2, (side - rgb.height) // 2
-    if side > LARGEST_SCALE * size:
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(rgb, (left, top))
-        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-    columns, rows = _places(side, size, left, rgb.width), _places(side, size, top, rgb.height)
-    across, down = (Line.between(side, size, places.start, places.stop) for places in (columns, rows))
-    result = np.array(Image.new("RGB", (size, size), colour))
+    if size != side <= LARGEST_SCALE * size:
+        columns, rows = _seeing(side, size, left, rgb.width), _seeing(side, size, top, rgb.height)
+        across, down = (Line.between(side, size, places.start, places.stop) for places in (columns, rows))
+        if _is_small(across, down):
+            result = np.array(Image.new("RGB", (size, size), colour))
+            y, x = top - down.reads.start, left - across.reads.start
+            for channel, band in enumerate(_bands(rgb)):
+                numbers = _memory("numbers", down.pixels, across.pixels)
+                numbers[:] = colour[channel]
+                numbers[y : y + rgb.height, x : x + rgb.width] = band
+                result[rows, columns, channel] = down.down(across.across(numbers))
+            return result
+    if top:
+        # Rows of padding stay what they are: the picture's alone are resampled.
+        rgb, left = rgb.resize((size, rgb.height), Image.Resampling.BICUBIC), 0
+    square = Image.new("RGB", (size if top else side, side), colour)
+    square.paste(rgb, (left, top))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
-    def framed(band: Bytes, value: int) -> Bytes:
-        frame = np.full((down.reads.stop - down.reads.start, across.reads.stop - across.reads.start), value, np.uint8)
-        y, x = top - down.reads.start, left - across.reads.start
-        frame[y : y + rgb.height, x : x + rgb.width] = band
-        return frame
 
-    _fill(result[rows, columns], map(framed, _split(rgb), colour), across, down)
-    return result
-
-
-def _places(old: int, new: int, start: int, length: int) -> slice:
-    """Places that all those which see some of these pixels are among; their `reads` hold the pixels."""
-    margin = REACH + 2 + math.ceil((REACH + 2) * new / old)
+def _seeing(old: int, new: int, start: int, length: int) -> slice:
+    """Places that include all which see one of these pixels, and whose `reads` hold all of them."""
+    margin = REACH + math.ceil((REACH + 1) * new / old)
     return slice(max(start * new // old - margin, 0), min(-(-(start + length) * new // old) + margin, new))
 
 
-def _split(rgb: Image.Image) -> list[Bytes]:
-    return [np.frombuffer(rgb.tobytes("raw", band), np.uint8).reshape(rgb.height, rgb.width) for band in "RGB"]
+def _is_small(across: Line, down: Line) -> bool:
+    """Whether none of the arrays is larger than a thread should keep."""
+    return max(down.pixels * max(across.pixels, across.length), down.length * across.length) <= LARGEST_ARRAY
 
 
-def _fill(result: UInt8[np.ndarray, "h w 3"], bands: Iterable[Bytes], across: Line, down: Line) -> None:
-    for channel, band in enumerate(bands):
-        result[..., channel] = down.down(across.across(band))
+def _bands(rgb: Image.Image) -> Iterator[UInt8[np.ndarray, "h w"]]:
+    for band in "RGB":
+        yield np.frombuffer(rgb.tobytes("raw", band), np.uint8).reshape(rgb.height, rgb.width)

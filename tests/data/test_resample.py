@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +45,10 @@ def test_bytes_are_those_of_pillow(seed: int):
 @pytest.mark.parametrize("seed", range(10))
 def test_bytes_of_padded_pictures_are_those_of_pillow(seed: int):
     rng = np.random.default_rng(seed)
-    for _ in range(30):
-        image, size = _noise(rng, *map(int, rng.integers(1, 200, 2))), int(rng.integers(1, 100))
+    shapes = [((157, 268), 67), ((268, 157), 67)]
+    shapes += [(tuple(map(int, rng.integers(1, 300, 2))), int(rng.integers(1, 150))) for _ in range(60)]
+    for (width, height), size in shapes:
+        image = _noise(rng, width, height)
         expected = np.asarray(_padded(image).resize((size, size), BICUBIC))
         np.testing.assert_array_equal(pad_and_resize(image, size, PAD_COLOUR), expected, f"{image.size} to {size}")
 
@@ -76,22 +80,72 @@ def test_halves_go_up_as_in_pillow():
         assert (found[..., 0][halves] >= sums[halves]).all()
 
 
-def test_no_more_memory_is_kept_than_the_largest_scale_needs():
-    large, size = Image.new("RGB", (2_000, 1_500)), 28
-    kept: list[int] = []
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1024, 768), (300, 200)])
+def test_usual_pictures_are_not_left_to_pillow(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    plain = Image.Image.resize
 
-    def work() -> None:
-        for image in (large, large.transpose(Image.Transpose.TRANSPOSE), large.resize((3_000, 20))):
-            pad_and_resize(image, size, PAD_COLOUR)
-            resize(image, (size, size))
-            resize(image, (size * 150, size), (size * 74, 0, size * 75, size))
-        kept.extend(array.nbytes for array in vars(resample._kept).values())
+    def refuse(image: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        assert image.mode != "RGB"
+        return plain(image, *args, **options)
 
-    thread = threading.Thread(target=work)
+    image = Image.new("RGB", size)
+    monkeypatch.setattr(Image.Image, "resize", refuse)
+    width, height = (336 * side // min(size) for side in size)
+    resize(image, (width, height))
+    pad_and_resize(image, 336, PAD_COLOUR)
+
+
+def test_only_places_that_see_the_picture_are_computed(monkeypatch: pytest.MonkeyPatch):
+    computed: list[int] = []
+    down = Line.down
+    monkeypatch.setattr(Line, "down", lambda line, numbers: computed.append(line.length) or down(line, numbers))
+    pad_and_resize(Image.new("RGB", (640, 320)), 336, PAD_COLOUR)
+    assert set(computed) <= set(range(168, 182))
+
+
+def _kept_by(work: Callable[[], object]) -> dict[str, np.ndarray]:
+    """The arrays that a thread keeps after this work."""
+    kept: dict[str, np.ndarray] = {}
+
+    def run() -> None:
+        work()
+        kept.update(vars(resample._kept))
+
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    # The largest picture takes 24 MB as float64.
-    assert sum(kept) < 500_000
+    return kept
+
+
+def test_memory_serves_smaller_pictures_too():
+    images = [Image.new("RGB", size) for size in ((640, 480), (500, 375), (300, 200))]
+    first = {name: array.size for name, array in _kept_by(lambda: resize(images[0], (448, 336))).items()}
+    every = _kept_by(lambda: [resize(image, (448, 336)) for image in images])
+    assert {name: array.size for name, array in every.items()} == first
+
+
+@pytest.mark.parametrize("size", [28, 336, 2304])
+def test_little_memory_is_kept_of_the_largest_pictures(size: int):
+    large = Image.new("RGB", (4_000, 3_000))
+
+    def work() -> None:
+        for image in (large, large.transpose(Image.Transpose.TRANSPOSE), large.resize((4_000, 20))):
+            pad_and_resize(image, size, PAD_COLOUR)
+            resize(image, (size, size))
+            resize(image, (3 * size, size), (size, 0, 2 * size, size))
+
+    # As float64 the picture takes 96 MB a band.
+    assert sum(array.nbytes for array in _kept_by(work).values()) < 50_000_000
+
+
+def test_no_memory_is_asked_for_that_a_thin_picture_does_not_need():
+    """Padded, it would be as high as it is wide; its rows alone are resampled before."""
+    thin = Image.new("RGB", (10_000, 50))
+    before = Image.core.get_stats()["allocated_blocks"]
+    pad_and_resize(thin, 336, PAD_COLOUR)
+    blocks = Image.core.get_stats()["allocated_blocks"] - before
+    # Of 1 MB each; a square of 10,000 would take 400.
+    assert blocks < 40
 
 
 def test_threads_do_not_share_memory():
@@ -106,7 +160,7 @@ def test_threads_do_not_share_memory():
 @pytest.mark.parametrize(("old", "new"), [(640, 336), (336, 640), (7, 300), (1344, 336), (5, 5), (1, 9), (9, 1)])
 def test_a_part_of_a_line_reads_what_its_places_need(old: int, new: int):
     whole = Line.between(old, new, 0, new)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, old)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, old)).astype(float)
     every = whole.across(pixels[:, whole.reads]).copy()
     for first in {0, new // 3, new - 1}:
         part = Line.between(old, new, first, new)
