@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -164,6 +163,5 @@ def _is_small(across: Line, down: Line) -> bool:
     return max(down.pixels * max(across.pixels, across.length), down.length * across.length) <= LARGEST_ARRAY
 
 
-def _bands(rgb: Image.Image) -> Iterator[UInt8[np.ndarray, "h w"]]:
-    for band in "RGB":
-        yield np.frombuffer(rgb.tobytes("raw", band), np.uint8).reshape(rgb.height, rgb.width)
+def _bands(rgb: Image.Image) -> list[UInt8[np.ndarray, "h w"]]:
+    return [np.frombuffer(rgb.tobytes("raw", band), np.uint8).reshape(rgb.height, rgb.width) for band in "RGB"]
