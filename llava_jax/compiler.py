@@ -23,7 +23,7 @@ ASYNC_GATHERS = {
 # Sums over vectors of numbers, where XLA would otherwise add one number after another on CPUs, or in windows of a few,
 # and vectors of 512 bits where the processor has them. Products and sums of infinities and NaN stay what they are,
 # divisions and functions as exact; only what cancels out may lose them: `x - x` becomes 0. No sum may be in bfloat16
-# itself: without windows it would stop growing at 512.
+# itself: without windows it would soon stop growing.
 IN_ANY_ORDER = {
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_infs": True,

@@ -30,8 +30,8 @@ PAD_COLOUR = (122, 116, 104)
 # Blocks of memory that Pillow keeps for its next picture (`PILLOW_BLOCKS_MAX`): by default none, and every picture
 # would wait for new pages.
 Image.core.set_blocks_max(4)
-# The same of a picture's other memory: once a block of this size was freed, glibc returns no smaller ones to the kernel
-# (mallopt(3), M_MMAP_THRESHOLD), of which it holds twice as much at most.
+# The same of a picture's other memory: once a block of this size was freed, glibc keeps smaller ones that are freed, up
+# to twice as much (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD).
 np.empty(16 << 20, np.uint8)
 
 

@@ -125,7 +125,11 @@ def resize(
                 numbers[:] = band[down.reads, across.reads]
                 result[..., channel] = down.down(across.across(numbers))
             return result
-    return np.asarray(rgb.resize(size, Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
+    if not columns_first:
+        # Its own passes one by one: columns are resampled where they are kept.
+        rgb = rgb.resize((width, rgb.height), Image.Resampling.BICUBIC).crop((left, 0, right, rgb.height))
+        left, right, width = 0, right - left, right - left
+    return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
 
 
 def pad_and_resize(rgb: Image.Image, size: int, colour: tuple[int, int, int]) -> UInt8[np.ndarray, "size size 3"]:

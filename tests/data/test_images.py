@@ -86,6 +86,20 @@ def processor():
     return CLIPImageProcessorPil
 
 
+def test_pictures_are_those_resampled_at_once():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height = map(int, rng.integers(2, 400, 2))
+        size = int(rng.choice([14, 56, 112]))
+        image = _picture(rng, width, height, mode="RGB")
+        short = min(width, height)
+        scaled = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+        left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+        square = _expand2square(image).resize((size, size), Image.Resampling.BICUBIC)
+        for mode, whole in (("square", scaled.crop((left, top, left + size, top + size))), ("pad", square)):
+            np.testing.assert_array_equal(decode(image, size=size, mode=mode), np.asarray(whole), f"{width}x{height}")
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_pixels_are_those_of_the_hugging_face_processor(processor, seed: int):
     rng = np.random.default_rng(seed)
@@ -109,7 +123,6 @@ from PIL import Image
 from llava_jax.data.images import decode, open_image
 buffer = io.BytesIO()
 Image.effect_noise((640, 480), 50).convert("RGB").save(buffer, "JPEG")
-faults = []
 for number in range(60):
     if number == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -138,14 +138,28 @@ def test_little_memory_is_kept_of_the_largest_pictures(size: int):
     assert sum(array.nbytes for array in _kept_by(work).values()) < 50_000_000
 
 
-def test_no_memory_is_asked_for_that_a_thin_picture_does_not_need():
-    """Padded, it would be as high as it is wide; its rows alone are resampled before."""
+def test_a_thin_picture_is_not_padded_before_its_rows_are_resampled(monkeypatch: pytest.MonkeyPatch):
+    """Padded, it would be as high as it is wide, 400 MB."""
     thin = Image.new("RGB", (10_000, 50))
-    before = Image.core.get_stats()["allocated_blocks"]
+    made: list[tuple[int, int]] = []
+    new = Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: made.append(size) or new(mode, size, *rest))
     pad_and_resize(thin, 336, PAD_COLOUR)
-    blocks = Image.core.get_stats()["allocated_blocks"] - before
-    # Of 1 MB each; a square of 10,000 would take 400.
-    assert blocks < 40
+    assert made == [(336, 10_000)]
+
+
+def test_columns_that_are_cut_away_are_not_resampled(monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple[int, int]] = []
+    plain = Image.Image.resize
+
+    def watch(image: Image.Image, size: tuple[int, int], *rest: Any) -> Image.Image:
+        made.append(size)
+        return plain(image, size, *rest)
+
+    wide = Image.new("RGB", (6_000, 1_500))
+    monkeypatch.setattr(Image.Image, "resize", watch)
+    resize(wide, (1_344, 336), (504, 0, 840, 336))
+    assert made == [(1_344, 1_500), (336, 336)]
 
 
 def test_threads_do_not_share_memory():
