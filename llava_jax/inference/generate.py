@@ -24,7 +24,7 @@ from llava_jax.models.parameters import GraphDef, Parameters, bind
 from llava_jax.models.streamed import attend_streamed, multiply
 
 # Slots of a cache are a multiple of this, so that one program decodes answers of many lengths.
-CACHE_MULTIPLE = 64
+CACHE_MULTIPLE = 16
 # Tokens between two looks at what came out: for stop strings, and for a reader of the stream.
 CHUNK = 16
 

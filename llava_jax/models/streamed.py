@@ -20,7 +20,7 @@ Weight = Float[Array, "f d"] | Int8[Array, "f d"]
 # More tokens are multiplied faster by the library that XLA calls, which first copies the weights piece by piece.
 MOST_STREAMED = 8
 # Outputs whose weights are read in turns: a processor fetches several streams at a time, and has room for so many sums.
-STREAMS, STREAMS_OF_TWO, STREAMS_OF_KEYS = 4, 8, 2
+STREAMS, STREAMS_OF_TWO = 4, 8
 
 
 def multiply(x: Float[Array, "*axes d"], weight: Float[Array, "f d"]) -> Float[Array, "*axes f"]:
@@ -57,7 +57,8 @@ def score_streamed(q: Float[Array, "b t k g h"], k: Float[Array, "b s k h"]) -> 
     queries = jnp.moveaxis(q, 1, 3).reshape(b * num_kv_heads, g * t, h)
     keys = jnp.moveaxis(k, 2, 1).reshape(b * num_kv_heads, -1, h)
     with set_xla_metadata(inlineable="false"):
-        scores = jax.vmap(functools.partial(_of_few, streams=STREAMS_OF_KEYS))(queries, keys)
+        # The keys of a head are few: one stream, whose sums need not be put in order.
+        scores = jax.vmap(functools.partial(_of_few, streams=1))(queries, keys)
     return scores.reshape(b, num_kv_heads, g, t, -1)
 
 
