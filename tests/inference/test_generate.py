@@ -408,7 +408,7 @@ def test_answers_and_streams_that_end_in_the_same_16_slots_share_a_compilation(
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=17))
     list(stream(model, processor, prompts[0], Sampling(max_new_tokens=20)))
     assert advance._cache_size() == 1
-    # No slot more than 15 is read at every step for nothing.
+    # This one ends in the 16 slots before, so its steps read no more.
     generate(model, processor, prompts[:1], Sampling(max_new_tokens=16))
     assert advance._cache_size() == 2
 
